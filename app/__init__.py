@@ -1,0 +1,1 @@
+"""The API: talks HTTP and SQL, never imports torch."""

@@ -1,0 +1,155 @@
+"""What audits look like over HTTP: the answers."""
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from app.audits.models import AuditState
+from app.pagination import Page
+from app.work.models import Stage
+
+SCORE_ORDER = (
+    "ascending: the lowest score is the most suspect; positive influence is helpful, negative "
+    "is harmful"
+)
+ScoreOrder = Field(SCORE_ORDER, description="Which end of the scores is suspect.")
+
+
+class AuditError(BaseModel):
+    """Why an audit failed."""
+
+    code: str = Field(description="A stable code; docs/errors.md lists them.")
+    message: str = Field(description="What happened and what to change.")
+    field: str | None = Field(description="The field of the request that it is about.")
+
+
+class ResultFile(BaseModel):
+    """The whole ranking as one file."""
+
+    href: str
+    bytes: int
+    sha256: str = Field(description="Also the file's ETag.")
+
+
+class Detection(BaseModel):
+    """How well known noise was found; None of it without known noise."""
+
+    ndr_10: float = Field(description="Share of the noisy samples in the lowest 10 % of scores.")
+    ndr_20: float
+    ndr_30: float
+    auc_ndr: float = Field(description="1.0: all noise first; about 0.5: random.")
+
+
+class LayerResult(BaseModel):
+    """One configuration: an estimator on a layer group with an aggregation."""
+
+    layer_group: str
+    estimator: str
+    aggregation: str | None
+    correct_only: bool
+    detection: Detection | None
+
+
+class AuditResults(BaseModel):
+    """What a finished audit found."""
+
+    ranking_id: str
+    num_flagged: int
+    labels: list[str]
+    validation_accuracy: float
+    train_accuracy: float = Field(description="Against the labels as given (or planted).")
+    num_noisy: int | None = Field(description="Known noisy training samples.")
+    detection: Detection | None = Field(description="Of the audit's ranking; needs known noise.")
+    files: dict[Literal["parquet", "csv", "jsonl"], ResultFile]
+    warnings: list[str]
+    score_order: str = ScoreOrder
+
+
+class Audit(BaseModel):
+    """An audit and where it stands."""
+
+    id: str
+    state: AuditState
+    done: bool
+    stage: Stage | None
+    progress: float = Field(ge=0, le=1)
+    samples_per_second: float | None
+    eta_seconds: float | None
+    created_at: datetime
+    finished_at: datetime | None
+    state_times: dict[AuditState, datetime] = Field(description="When each state began.")
+    cancel_requested_at: datetime | None
+    request: dict[str, Any] = Field(description="As accepted, defaults filled in.")
+    metadata: dict[str, str]
+    num_train: int | None
+    num_validation: int | None
+    provenance: dict[str, Any] = Field(
+        description="What decides the numbers beside the request: engine version, resolved "
+        "revisions, device, shards."
+    )
+    timings: dict[str, float] = Field(description="Seconds of work per stage, over all workers.")
+    results: AuditResults | None
+    error: AuditError | None
+    links: dict[str, str]
+
+
+class Suspect(BaseModel):
+    """One training sample at its place in the ranking."""
+
+    rank: int = Field(description="0 is the most suspect.")
+    index: int = Field(description="Row of the training file, from 0.")
+    text: str
+    text_pair: str | None
+    given_label: str
+    predicted_label: str = Field(description="The model's own label.")
+    predicted_probability: float
+    given_probability: float = Field(description="The model's probability of the given label.")
+    loss: float
+    score: float
+    flagged: bool
+    is_noisy: bool | None = Field(description="Known noise, where it is known.")
+
+
+class SuspectPage(Page[Suspect]):
+    """A page of the ranking, the most suspect first."""
+
+    ranking_id: str
+    score_order: str = ScoreOrder
+
+
+class GroupStanding(BaseModel):
+    """A sample's score and rank by one layer group alone."""
+
+    layer_group: str
+    score: float
+    rank: int
+
+
+class RelatedSample(BaseModel):
+    """A validation sample, and what the training sample does to it."""
+
+    index: int
+    text: str
+    text_pair: str | None
+    given_label: str
+    predicted_label: str
+    influence: float = Field(description="Mean over the ranking's modules; negative harms.")
+
+
+class SampleDetail(Suspect):
+    """One training sample with the evidence."""
+
+    layer_groups: list[GroupStanding]
+    harms_most: list[RelatedSample]
+    helps_most: list[RelatedSample]
+    ranking_id: str
+    score_order: str = ScoreOrder
+
+
+class LayerTable(BaseModel):
+    """Every computed configuration."""
+
+    layer_groups: dict[str, list[str]] = Field(description="Group to the modules in it.")
+    data: list[LayerResult]
+    score_order: str = ScoreOrder

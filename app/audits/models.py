@@ -1,0 +1,172 @@
+"""Tables of an audit: its state, its rankings, its samples."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    REAL,
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    Index,
+    Integer,
+    Text,
+    func,
+    text,
+)
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.db import Base
+
+
+class AuditState(StrEnum):
+    """Where an audit stands; the last three are final."""
+
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    FINE_TUNING = "fine_tuning"
+    COMPUTING = "computing"
+    AGGREGATING = "aggregating"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the audit has ended."""
+        return self in FINAL_STATES
+
+
+FINAL_STATES = frozenset({AuditState.SUCCEEDED, AuditState.FAILED, AuditState.CANCELLED})
+
+
+class Audit(Base):
+    """One audit. The row is the truth; messages only say "look at it"."""
+
+    __tablename__ = "audits"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    state: Mapped[str] = mapped_column(default=AuditState.QUEUED)
+    version: Mapped[int] = mapped_column(BigInteger, default=1)
+    request: Mapped[dict[str, Any]]
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
+
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    finished_at: Mapped[datetime | None]
+    state_times: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    cancel_requested_at: Mapped[datetime | None]
+
+    stage: Mapped[str | None]
+    progress: Mapped[float] = mapped_column(REAL, default=0.0)
+    samples_per_second: Mapped[float | None] = mapped_column(REAL)
+    eta_seconds: Mapped[float | None] = mapped_column(REAL)
+
+    num_train: Mapped[int | None]
+    num_validation: Mapped[int | None]
+    provenance: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    summary: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    timings: Mapped[dict[str, Any]] = mapped_column(default=dict)
+
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None] = mapped_column(Text)
+    error_field: Mapped[str | None]
+
+    __table_args__ = (
+        CheckConstraint(
+            "state IN ({})".format(", ".join(f"'{state}'" for state in AuditState)), name="state"
+        ),
+        CheckConstraint("(state = 'failed') = (error_code IS NOT NULL)", name="error"),
+        Index("ix_audits_tenant_id", "tenant", "id"),
+        Index("ix_audits_open", "id", postgresql_where=text("finished_at IS NULL")),
+    )
+
+
+class Ranking(Base):
+    """One ordering of an audit's training samples."""
+
+    __tablename__ = "rankings"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    audit_id: Mapped[str] = mapped_column(ForeignKey("audits.id", ondelete="CASCADE"), index=True)
+    tenant: Mapped[str]
+    specification: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class TrainingSample(Base):
+    """What an audit saw and the model said of one training sample."""
+
+    __tablename__ = "training_samples"
+
+    audit_id: Mapped[str] = mapped_column(
+        ForeignKey("audits.id", ondelete="CASCADE"), primary_key=True
+    )
+    sample_index: Mapped[int] = mapped_column(Integer, primary_key=True)
+    text: Mapped[str] = mapped_column(Text)
+    text_pair: Mapped[str | None] = mapped_column(Text)
+    given_label: Mapped[str]
+    predicted_label: Mapped[str]
+    predicted_probability: Mapped[float] = mapped_column(REAL)
+    given_probability: Mapped[float] = mapped_column(REAL)
+    loss: Mapped[float] = mapped_column(REAL)
+    is_noisy: Mapped[bool | None]
+
+
+class ValidationSample(Base):
+    """What an audit saw and the model said of one validation sample."""
+
+    __tablename__ = "validation_samples"
+
+    audit_id: Mapped[str] = mapped_column(
+        ForeignKey("audits.id", ondelete="CASCADE"), primary_key=True
+    )
+    sample_index: Mapped[int] = mapped_column(Integer, primary_key=True)
+    text: Mapped[str] = mapped_column(Text)
+    text_pair: Mapped[str | None] = mapped_column(Text)
+    given_label: Mapped[str]
+    predicted_label: Mapped[str]
+    predicted_probability: Mapped[float] = mapped_column(REAL)
+    loss: Mapped[float] = mapped_column(REAL)
+
+
+class RankedSample(Base):
+    """One place in a ranking: rank 0 is the most suspect."""
+
+    __tablename__ = "ranked_samples"
+
+    ranking_id: Mapped[str] = mapped_column(
+        ForeignKey("rankings.id", ondelete="CASCADE"), primary_key=True
+    )
+    rank: Mapped[int] = mapped_column(Integer, primary_key=True)
+    sample_index: Mapped[int]
+    given_label: Mapped[str]
+    score: Mapped[float] = mapped_column(REAL)
+    flagged: Mapped[bool]
+    group_scores: Mapped[list[float]] = mapped_column(ARRAY(REAL))
+    group_ranks: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    harmed_validation: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    harmed_influence: Mapped[list[float]] = mapped_column(ARRAY(REAL))
+    helped_validation: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    helped_influence: Mapped[list[float]] = mapped_column(ARRAY(REAL))
+
+    __table_args__ = (
+        Index("ix_ranked_samples_sample", "ranking_id", "sample_index", unique=True),
+        Index("ix_ranked_samples_label", "ranking_id", "given_label", "rank"),
+        Index("ix_ranked_samples_score", "ranking_id", "score", "rank"),
+    )
+
+
+class IdempotencyKey(Base):
+    """The answer that a key was given, kept for a day (SERVICE.md, section 1)."""
+
+    __tablename__ = "idempotency_keys"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    route: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    body_sha256: Mapped[str]
+    audit_id: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)

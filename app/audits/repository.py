@@ -1,0 +1,116 @@
+"""Queries on audits; the tenant is in every one."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import Row, Select, select
+from sqlalchemy.orm import Session
+
+from app.audits.models import Audit, RankedSample, Ranking, TrainingSample, ValidationSample
+
+
+def find_audit(session: Session, tenant: str, audit_id: str, *, lock: bool = False) -> Audit | None:
+    """Return a tenant's audit."""
+    statement = select(Audit).where(Audit.id == audit_id, Audit.tenant == tenant)
+    return session.scalars(statement.with_for_update() if lock else statement).one_or_none()
+
+
+def list_audits(
+    session: Session,
+    tenant: str,
+    *,
+    limit: int,
+    before_id: str | None = None,
+    state: str | None = None,
+    model: str | None = None,
+    dataset: str | None = None,
+    created_after: datetime | None = None,
+    created_before: datetime | None = None,
+) -> list[Audit]:
+    """Return a tenant's audits, the newest first, one more than `limit` when there are more."""
+    statement = select(Audit).where(Audit.tenant == tenant)
+    if before_id is not None:
+        statement = statement.where(Audit.id < before_id)
+    if state is not None:
+        statement = statement.where(Audit.state == state)
+    if model is not None:
+        statement = statement.where(Audit.request["model"]["reference"].as_string() == model)
+    if dataset is not None:
+        statement = statement.where(Audit.request["train"]["reference"].as_string() == dataset)
+    if created_after is not None:
+        statement = statement.where(Audit.created_at >= created_after)
+    if created_before is not None:
+        statement = statement.where(Audit.created_at < created_before)
+    return list(session.scalars(statement.order_by(Audit.id.desc()).limit(limit + 1)))
+
+
+def uses_dataset(session: Session, tenant: str, reference: str) -> bool:
+    """Return whether an audit that has not ended reads the dataset."""
+    reads = Audit.request["train"]["reference"].as_string() == reference
+    validates = Audit.request["validation"]["reference"].as_string() == reference
+    statement = select(Audit.id).where(
+        Audit.tenant == tenant, Audit.finished_at.is_(None), reads | validates
+    )
+    return session.scalars(statement.limit(1)).first() is not None
+
+
+def ranking_of(session: Session, tenant: str, audit_id: str) -> Ranking:
+    """Return a finished audit's own ranking."""
+    statement = select(Ranking).where(Ranking.audit_id == audit_id, Ranking.tenant == tenant)
+    return session.scalars(statement.order_by(Ranking.id).limit(1)).one()
+
+
+SuspectRow = Row[tuple[RankedSample, TrainingSample]]
+
+
+def _suspects(ranking: Ranking) -> Select[tuple[RankedSample, TrainingSample]]:
+    is_same_sample = (TrainingSample.audit_id == ranking.audit_id) & (
+        TrainingSample.sample_index == RankedSample.sample_index
+    )
+    return (
+        select(RankedSample, TrainingSample)
+        .join(TrainingSample, is_same_sample)
+        .where(RankedSample.ranking_id == ranking.id)
+    )
+
+
+def list_suspects(
+    session: Session,
+    ranking: Ranking,
+    *,
+    limit: int,
+    after_rank: int | None = None,
+    flagged: bool | None = None,
+    label: str | None = None,
+    min_score: float | None = None,
+    max_score: float | None = None,
+) -> Sequence[SuspectRow]:
+    """Return ranked samples in order, one more than `limit` when there are more."""
+    statement = _suspects(ranking)
+    if after_rank is not None:
+        statement = statement.where(RankedSample.rank > after_rank)
+    if flagged is not None:
+        statement = statement.where(RankedSample.flagged == flagged)
+    if label is not None:
+        statement = statement.where(RankedSample.given_label == label)
+    if min_score is not None:
+        statement = statement.where(RankedSample.score >= min_score)
+    if max_score is not None:
+        statement = statement.where(RankedSample.score <= max_score)
+    return session.execute(statement.order_by(RankedSample.rank).limit(limit + 1)).all()
+
+
+def find_sample(session: Session, ranking: Ranking, index: int) -> SuspectRow | None:
+    """Return one training sample by its row in the training file."""
+    statement = _suspects(ranking).where(RankedSample.sample_index == index)
+    return session.execute(statement).one_or_none()
+
+
+def validation_samples(
+    session: Session, audit_id: str, indices: Sequence[int]
+) -> dict[int, ValidationSample]:
+    """Return validation samples by their rows."""
+    statement = select(ValidationSample).where(
+        ValidationSample.audit_id == audit_id, ValidationSample.sample_index.in_(indices)
+    )
+    return {sample.sample_index: sample for sample in session.scalars(statement)}

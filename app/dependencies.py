@@ -1,0 +1,56 @@
+"""What routes ask for: the database, the queue, the settings, the caller."""
+
+from typing import Annotated, cast
+
+from celery import Celery
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy import Engine
+
+from app.errors import NotAuthenticated
+from app.keys.service import tenant_of
+from app.settings import Settings
+
+DEFAULT_TENANT = "default"
+
+_bearer = HTTPBearer(
+    auto_error=False, description="An API key of `winnow keys create`, as a bearer token."
+)
+
+
+def _engine(request: Request) -> Engine:
+    return cast("Engine", request.app.state.engine)
+
+
+def _celery(request: Request) -> Celery:
+    return cast("Celery", request.app.state.celery)
+
+
+def _settings(request: Request) -> Settings:
+    return cast("Settings", request.app.state.settings)
+
+
+EngineDep = Annotated[Engine, Depends(_engine)]
+CeleryDep = Annotated[Celery, Depends(_celery)]
+SettingsDep = Annotated[Settings, Depends(_settings)]
+
+
+def _tenant(
+    engine: EngineDep,
+    settings: SettingsDep,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> str:
+    if not settings.require_keys:
+        return DEFAULT_TENANT
+    if credentials is None:
+        raise NotAuthenticated("Send your API key as 'Authorization: Bearer wnw_…'.")
+    tenant = tenant_of(engine, credentials.credentials)
+    if tenant is None:
+        raise NotAuthenticated(
+            "This API key is unknown, revoked or over its date. `winnow keys create` makes one."
+        )
+    return tenant
+
+
+TenantDep = Annotated[str, Depends(_tenant)]
+"""Who calls: every query on audits, datasets and rankings is limited to this tenant."""

@@ -1,0 +1,98 @@
+"""Hand committed work to the queue, by task name: a message only says "look at unit X"."""
+
+import structlog
+from celery import Celery
+from kombu import Queue
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+from sqlalchemy import Engine, func, update
+
+from app.db import transaction
+from app.settings import Settings
+from app.work.models import UnitState, WorkUnit
+
+TASK_NAME = "winnow.work"
+QUEUE_NAME = "winnow"
+
+log = structlog.get_logger()
+
+
+def make_celery(settings: Settings) -> Celery:
+    """Return the Celery application that API and workers share (SERVICE.md, section 3)."""
+    celery = Celery("winnow", broker=settings.require_broker_url(), set_as_current=False)
+    celery.conf.update(
+        broker_transport_options={
+            "visibility_timeout": 900,
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 1,
+            "socket_timeout": 15,
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+        },
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        task_acks_late=True,
+        task_acks_on_failure=True,
+        task_acks_on_timeout=True,
+        # The database decides on retries: the broker's own would run a poison unit for ever.
+        task_reject_on_worker_lost=False,
+        task_retry_on_worker_lost=False,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        task_ignore_result=True,
+        result_backend=None,
+        worker_pool="prefork",
+        worker_concurrency=1,
+        worker_pool_start_method="spawn",  # CUDA cannot be used after fork
+        worker_max_tasks_per_child=200,
+        worker_soft_shutdown_timeout=60,
+        worker_enable_soft_shutdown_on_idle=True,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_hijack_root_logger=False,
+        worker_send_task_events=False,
+        task_publish_retry_policy={
+            "max_retries": 1,
+            "interval_start": 0,
+            "interval_step": 0.1,
+            "interval_max": 0.1,
+        },
+        task_serializer="json",
+        accept_content=["json"],
+        task_create_missing_queues=False,
+        task_queues=[Queue(QUEUE_NAME)],
+        task_default_queue=QUEUE_NAME,
+    )
+    return celery
+
+
+def send_units(engine: Engine, celery: Celery, unit_ids: list[str]) -> None:
+    """Send a message for each unit and note that it was sent.
+
+    A broker that is down loses nothing: the units stay owed, and the reconciler sends them later.
+    """
+    sent: list[str] = []
+    try:
+        for unit_id in unit_ids:
+            celery.send_task(TASK_NAME, args=[unit_id], queue=QUEUE_NAME)
+            sent.append(unit_id)
+    except (OperationalError, RedisError, OSError) as error:
+        log.warning("broker_unreachable", error=str(error), units_owed=len(unit_ids) - len(sent))
+    if sent:
+        with transaction(engine) as session:
+            session.execute(
+                update(WorkUnit)
+                .where(WorkUnit.id.in_(sent), WorkUnit.state == UnitState.READY)
+                .values(sent_at=func.now())
+            )
+
+
+def queue_length(celery: Celery) -> int:
+    """Return how many messages wait in the broker.
+
+    Raises:
+        OperationalError: the broker cannot be reached.
+    """
+    with celery.connection_for_read() as connection:
+        connection.ensure_connection(max_retries=1, timeout=5)
+        return int(connection.default_channel._size(QUEUE_NAME))  # noqa: SLF001  Redis has no passive declare

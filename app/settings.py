@@ -1,0 +1,127 @@
+"""The one Settings class: the sole reader of the environment."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set, as `WINNOW_<NAME>` in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="WINNOW_", extra="ignore", frozen=True)
+
+    database_url: SecretStr | None = Field(
+        None, description="PostgreSQL, as postgresql://…; `winnow serve` starts its own when unset."
+    )
+    broker_url: SecretStr | None = Field(
+        None, description="Redis or Valkey, as redis://…; `winnow serve` starts its own when unset."
+    )
+    data_dir: Path = Field(
+        Path(".winnow"),
+        description="Uploads, influence files and results; shared by the API and all workers.",
+    )
+    host: str = Field("127.0.0.1", description="Address the API listens on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port the API listens on.")
+    require_keys: bool = Field(
+        True,
+        description="Ask every caller for an API key. Only `winnow serve` with its embedded "
+        "servers on a loopback address turns this off.",
+    )
+
+    file_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description="Folders that file:// references may name, separated by ':'."
+    )
+    hub_endpoint: AnyHttpUrl = Field(
+        AnyHttpUrl("https://huggingface.co"), description="Where hf:// references are resolved."
+    )
+    hub_token: SecretStr | None = Field(None, description="Token for private hub repositories.")
+
+    max_upload_bytes: int = Field(2 * 1024**3, gt=0, description="Largest dataset upload.")
+    max_body_bytes: int = Field(1024**2, gt=0, description="Largest JSON body.")
+    max_rows: int = Field(2_000_000, gt=0, description="Most rows in one dataset.")
+    max_text_chars: int = Field(100_000, gt=0, description="Longest text in a dataset.")
+
+    lease_seconds: float = Field(60, gt=0, description="A worker's hold on a unit of work.")
+    heartbeat_seconds: float = Field(3, gt=0, description="How often a worker renews its hold.")
+    stall_seconds: float = Field(
+        120, gt=0, description="Without progress for this long, a worker's hold is not renewed."
+    )
+    reconcile_seconds: float = Field(15, gt=0, description="How often lost work is offered again.")
+    max_attempts: int = Field(3, ge=1, description="Tries of one unit before its audit fails.")
+    worker_stale_seconds: float = Field(
+        60, gt=0, description="A worker that was silent for this long counts as gone."
+    )
+
+    samples_per_shard: int = Field(1000, ge=1, description="Training samples in one shard.")
+    tokens_per_batch: int = Field(
+        4096, ge=16, description="Padded tokens in one gradient batch; halved when memory is short."
+    )
+    max_gradient_cache_bytes: int = Field(
+        20 * 1024**3,
+        ge=0,
+        description="Disk that one audit's per-sample gradients may take between the passes of "
+        "an estimator that needs several; beyond it they are computed again.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where workers compute; auto is CUDA where there is one."
+    )
+    torch_threads: int = Field(
+        0, ge=0, description="CPU threads of a worker; 0 leaves it to torch."
+    )
+    checkpoint_steps: int = Field(50, ge=1, description="Fine-tuning steps between checkpoints.")
+    log_format: Literal["json", "console"] = Field("json", description="How log lines look.")
+
+    @field_validator("file_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(Path(part) for part in value.split(os.pathsep) if part)
+        return value
+
+    @field_validator("data_dir", mode="after")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.absolute()
+
+    def require_database_url(self) -> str:
+        """Return the database's address in SQLAlchemy's form.
+
+        Raises:
+            MissingSetting: WINNOW_DATABASE_URL is not set.
+        """
+        if self.database_url is None:
+            raise MissingSetting(
+                "WINNOW_DATABASE_URL is not set. Set it to a PostgreSQL address "
+                "(postgresql://user:password@host/database), or use `winnow serve`, "
+                "which starts its own server."
+            )
+        url = self.database_url.get_secret_value()
+        scheme, _, rest = url.partition("://")
+        return f"postgresql+psycopg://{rest}" if scheme in {"postgres", "postgresql"} else url
+
+    def require_broker_url(self) -> str:
+        """Return the broker's address.
+
+        Raises:
+            MissingSetting: WINNOW_BROKER_URL is not set.
+        """
+        if self.broker_url is None:
+            raise MissingSetting(
+                "WINNOW_BROKER_URL is not set. Set it to a Redis or Valkey address "
+                "(redis://host:6379/0), or use `winnow serve`, which starts its own server."
+            )
+        return self.broker_url.get_secret_value()
+
+
+class MissingSetting(Exception):
+    """A setting that this command needs is absent."""
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """Return the settings of this process, read from the environment once."""
+    return Settings()

@@ -1,0 +1,26 @@
+"""Every table, imported in one place so that metadata and foreign keys are whole."""
+
+from app.audits.models import (
+    Audit,
+    IdempotencyKey,
+    RankedSample,
+    Ranking,
+    TrainingSample,
+    ValidationSample,
+)
+from app.datasets.models import Dataset
+from app.keys.models import ApiKey
+from app.work.models import WorkerHeartbeat, WorkUnit
+
+__all__ = [
+    "ApiKey",
+    "Audit",
+    "Dataset",
+    "IdempotencyKey",
+    "RankedSample",
+    "Ranking",
+    "TrainingSample",
+    "ValidationSample",
+    "WorkUnit",
+    "WorkerHeartbeat",
+]

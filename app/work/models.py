@@ -1,0 +1,83 @@
+"""The table of work: what workers claim, hold and finish."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import CheckConstraint, ForeignKey, Index, UniqueConstraint, func, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.db import Base
+
+
+class Stage(StrEnum):
+    """The stages of an audit in their order; all units of one end before the next begins."""
+
+    PREPARE = "prepare"
+    FINE_TUNE = "fine_tune"
+    VALIDATION = "validation"
+    GRADIENTS = "gradients"
+    CURVATURE = "curvature"
+    PRECONDITION = "precondition"
+    INFLUENCE = "influence"
+    AGGREGATE = "aggregate"
+
+
+class UnitState(StrEnum):
+    """A unit is offered, held, or over."""
+
+    READY = "ready"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class WorkUnit(Base):
+    """The smallest piece of work that is redone after a crash: one stage, or one shard of it.
+
+    The row is its own outbox entry: `ready` and not `sent_at` means that a message is owed.
+    """
+
+    __tablename__ = "work_units"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    audit_id: Mapped[str] = mapped_column(ForeignKey("audits.id", ondelete="CASCADE"))
+    stage: Mapped[str]
+    position: Mapped[int]
+    state: Mapped[str] = mapped_column(default=UnitState.READY)
+    epoch: Mapped[int] = mapped_column(default=0)
+    attempts: Mapped[int] = mapped_column(default=0)
+    owner: Mapped[str | None]
+    lease_until: Mapped[datetime | None]
+    sent_at: Mapped[datetime | None]
+    done: Mapped[int] = mapped_column(default=0)
+    total: Mapped[int] = mapped_column(default=1)
+    result: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    last_error: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        UniqueConstraint("audit_id", "stage", "position"),
+        CheckConstraint("(state = 'running') = (lease_until IS NOT NULL)", name="lease"),
+        CheckConstraint(
+            "state IN ({})".format(", ".join(f"'{state}'" for state in UnitState)), name="state"
+        ),
+        Index(
+            "ix_work_units_open", "state", postgresql_where=text("state IN ('ready', 'running')")
+        ),
+    )
+
+
+class WorkerHeartbeat(Base):
+    """The last sign of life of each worker process."""
+
+    __tablename__ = "worker_heartbeats"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    device: Mapped[str]
+    engine_version: Mapped[str]
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -1,0 +1,150 @@
+"""The reconciler: offers lost work again and ends what has nobody to end it.
+
+It runs in every API and every worker process; an advisory lock lets one at a time through. It is
+what makes the promise true that no accepted audit is lost: everything that it needs is in the
+database (SERVICE.md, section 3).
+"""
+
+import threading
+from datetime import timedelta
+
+import structlog
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+from sqlalchemy import Engine, delete, func, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from app.audits.models import Audit, IdempotencyKey
+from app.db import transaction
+from app.jobs import queue_length, send_units
+from app.settings import Settings
+from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
+from app.work.repository import Failure, fail_audit, settle_cancel
+
+RECONCILER_LOCK = 0x77_69_6E_6F
+IDEMPOTENCY_KEPT = timedelta(hours=24)
+HEARTBEAT_KEPT = timedelta(days=1)
+MAX_UNITS_PER_ROUND = 1000
+
+log = structlog.get_logger()
+
+
+def reconcile(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
+    """Do one round.
+
+    Returns:
+        Ids of the units that were sent.
+    """
+    with transaction(engine) as session:
+        if not session.scalar(select(func.pg_try_advisory_xact_lock(RECONCILER_LOCK))):
+            return []
+        _end_cancelled_audits(session)
+        _take_back_expired_leases(session, settings)
+        _forget_old_rows(session)
+    owed = _owed_units(engine, celery, settings)
+    if owed:
+        send_units(engine, celery, owed)
+    return owed
+
+
+def _end_cancelled_audits(session: Session) -> None:
+    cancelling = select(Audit).where(
+        Audit.finished_at.is_(None), Audit.cancel_requested_at.is_not(None)
+    )
+    for audit in session.scalars(cancelling.with_for_update(skip_locked=True)):
+        settle_cancel(session, audit)
+
+
+def _take_back_expired_leases(session: Session, settings: Settings) -> None:
+    expired = (
+        select(Audit, WorkUnit)
+        .join(WorkUnit, WorkUnit.audit_id == Audit.id)
+        .where(WorkUnit.state == UnitState.RUNNING, WorkUnit.lease_until < func.now())
+        .order_by(Audit.id)
+        .with_for_update(skip_locked=True)
+    )
+    for audit, unit in session.execute(expired):
+        log.warning(
+            "lease_expired",
+            audit_id=audit.id,
+            unit_id=unit.id,
+            stage=unit.stage,
+            attempts=unit.attempts,
+        )
+        if unit.attempts >= settings.max_attempts:
+            fail_audit(
+                session,
+                audit,
+                Failure(
+                    code="worker_lost",
+                    message=f"Stage {unit.stage}, part {unit.position}, lost its worker "
+                    f"{unit.attempts} times: the process was killed or stopped answering. It may "
+                    "need more memory than the worker has; the worker's log has the details.",
+                ),
+            )
+        else:
+            unit.state = UnitState.READY
+            unit.owner = None
+            unit.lease_until = None
+            unit.sent_at = None
+            unit.last_error = "its worker was lost"
+
+
+def _forget_old_rows(session: Session) -> None:
+    session.execute(
+        delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - IDEMPOTENCY_KEPT)
+    )
+    session.execute(
+        delete(WorkerHeartbeat).where(WorkerHeartbeat.seen_at < func.now() - HEARTBEAT_KEPT)
+    )
+
+
+def _owed_units(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
+    """Return ready units that no message stands for: never sent, or sent and lost."""
+    ready = (
+        select(WorkUnit.id)
+        .where(WorkUnit.state == UnitState.READY)
+        .order_by(WorkUnit.id)
+        .limit(MAX_UNITS_PER_ROUND)
+    )
+    never_sent = WorkUnit.sent_at.is_(None)
+    sent_long_ago = WorkUnit.sent_at < func.now() - timedelta(seconds=settings.reconcile_seconds)
+    with Session(engine) as session:
+        if not session.scalars(ready.limit(1)).first():
+            return []
+        # Messages that still wait in the broker are not lost; only an empty queue proves it.
+        try:
+            is_drained = queue_length(celery) == 0
+        except (OperationalError, RedisError, OSError):
+            return []
+        return list(
+            session.scalars(ready.where(never_sent | sent_long_ago if is_drained else never_sent))
+        )
+
+
+class Reconciler(threading.Thread):
+    """Reconciles every few seconds until stopped."""
+
+    def __init__(self, engine: Engine, celery: Celery, settings: Settings) -> None:
+        super().__init__(name="reconciler", daemon=True)
+        self._engine = engine
+        self._celery = celery
+        self._settings = settings
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        is_over = False
+        while not is_over:
+            try:
+                reconcile(self._engine, self._celery, self._settings)
+            except SQLAlchemyError as error:
+                # The database may be restarting; the next round finds everything still there.
+                log.warning("reconcile_failed", error=str(error))
+            is_over = self._stopped.wait(self._settings.reconcile_seconds)
+
+    def stop(self) -> None:
+        """End the thread after its round."""
+        self._stopped.set()
+        self.join(timeout=5)

@@ -1,0 +1,296 @@
+"""The lease protocol in SQL: claim, renew, finish, release, fail (SERVICE.md, section 3).
+
+A claim raises the unit's epoch; everything a worker writes afterwards is fenced by that epoch, so
+a worker that lost its lease can change nothing. Attempts are counted when work begins, so a unit
+that kills its worker is tried a bounded number of times.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Engine, func, select, update
+from sqlalchemy.orm import Session
+
+from app.audits.models import Audit, AuditState
+from app.db import new_id, transaction
+from app.work.models import Stage, UnitState, WorkUnit
+from app.work.stages import SHARDED_STAGES, STATE_OF_STAGE, next_stage, overall_progress
+
+_LEAST_PROGRESS_FOR_ETA = 0.05  # an estimate from less is a guess
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A worker's hold on one unit of work."""
+
+    unit_id: str
+    audit_id: str
+    stage: Stage
+    position: int
+    epoch: int
+    attempts: int
+
+
+class LeaseLost(Exception):
+    """The unit is held by another worker, or its audit has ended; its result must be dropped."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an audit failed: a stable code, a sentence that says what to change, the field."""
+
+    code: str
+    message: str
+    field: str | None = None
+
+
+def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> Claim | None:
+    """Take a unit that is ready or whose lease has run out; None when there is nothing to take."""
+    with transaction(engine) as session:
+        # Everywhere in this file the audit's row is locked before the unit's: no deadlocks.
+        audit = session.scalars(
+            select(Audit)
+            .join(WorkUnit, WorkUnit.audit_id == Audit.id)
+            .where(WorkUnit.id == unit_id)
+            .with_for_update(of=Audit)
+        ).one_or_none()
+        if audit is None or audit.finished_at is not None or audit.cancel_requested_at is not None:
+            return None
+        lease_is_over = WorkUnit.lease_until < func.now()
+        unit = session.scalars(
+            select(WorkUnit)
+            .where(WorkUnit.id == unit_id)
+            .where(
+                (WorkUnit.state == UnitState.READY)
+                | ((WorkUnit.state == UnitState.RUNNING) & lease_is_over)
+            )
+            .with_for_update()
+        ).one_or_none()
+        if unit is None:
+            return None
+        unit.state = UnitState.RUNNING
+        unit.epoch += 1
+        unit.attempts += 1
+        unit.owner = owner
+        unit.lease_until = _lease_end(lease_seconds)
+        unit.started_at = unit.started_at or func.now()
+        stage = Stage(unit.stage)
+        enter_state(audit, STATE_OF_STAGE[stage])
+        audit.stage = stage
+        return Claim(unit.id, audit.id, stage, unit.position, unit.epoch, unit.attempts)
+
+
+def renew(
+    engine: Engine,
+    held: Claim,
+    *,
+    lease_seconds: float,
+    done: int,
+    total: int,
+    samples_per_second: float | None = None,
+) -> bool:
+    """Extend a lease and report progress.
+
+    Returns:
+        Whether the caller has asked to cancel the audit.
+
+    Raises:
+        LeaseLost: another worker has the unit, or the audit has ended.
+    """
+    with transaction(engine) as session:
+        audit = _locked(session, held.audit_id)
+        unit = _held_unit(session, held)
+        unit.lease_until = _lease_end(lease_seconds)
+        unit.done = done
+        unit.total = total
+        session.flush()
+        _report_progress(session, audit, held.stage, samples_per_second)
+        return audit.cancel_requested_at is not None
+
+
+def complete(session: Session, held: Claim, *, result: dict[str, Any]) -> list[str]:
+    """Finish a unit inside the caller's transaction and open the next stage when it was the last.
+
+    Returns:
+        Ids of the units that are now ready; send them when the transaction is committed.
+
+    Raises:
+        LeaseLost: the unit is no longer ours; the caller's transaction must be rolled back.
+    """
+    audit = _locked(session, held.audit_id)
+    if audit.cancel_requested_at is not None:
+        raise LeaseLost(held.unit_id)
+    unit = _leave(session, held, state=UnitState.DONE)
+    unit.result = result
+    unit.done = unit.total
+    unit.finished_at = func.now()
+    session.flush()
+    _report_progress(session, audit, held.stage, None)
+    open_units = select(func.count()).where(
+        WorkUnit.audit_id == audit.id,
+        WorkUnit.stage == held.stage,
+        WorkUnit.state != UnitState.DONE,
+    )
+    if session.scalar(open_units):
+        return []
+    following = next_stage(audit.request, held.stage)
+    if following is None:
+        audit.progress = 1.0
+        finish(audit, AuditState.SUCCEEDED)
+        return []
+    count = audit.provenance["num_shards"] if following in SHARDED_STAGES else 1
+    return add_units(session, audit.id, following, count=count)
+
+
+def add_units(session: Session, audit_id: str, stage: Stage, *, count: int = 1) -> list[str]:
+    """Add the units of a stage, ready to be sent, and return their ids."""
+    units = [
+        WorkUnit(id=new_id("wrk"), audit_id=audit_id, stage=stage, position=position)
+        for position in range(count)
+    ]
+    session.add_all(units)
+    session.flush()
+    return [unit.id for unit in units]
+
+
+def release(engine: Engine, held: Claim, *, reason: str, count_attempt: bool = True) -> None:
+    """Give a unit back so that a worker can take it again; does nothing when it is not ours."""
+    with transaction(engine) as session:
+        _locked(session, held.audit_id)
+        try:
+            unit = _leave(session, held, state=UnitState.READY)
+        except LeaseLost:
+            return
+        unit.last_error = reason
+        if not count_attempt:
+            unit.attempts -= 1
+
+
+def fail(engine: Engine, held: Claim, failure: Failure) -> None:
+    """End a unit's audit as failed, unless the unit is no longer ours."""
+    with transaction(engine) as session:
+        audit = _locked(session, held.audit_id)
+        try:
+            unit = _leave(session, held, state=UnitState.FAILED)
+        except LeaseLost:
+            return
+        unit.last_error = failure.message
+        fail_audit(session, audit, failure)
+
+
+def fail_audit(session: Session, audit: Audit, failure: Failure) -> None:
+    """End an audit as failed and withdraw what is left of its work."""
+    if audit.finished_at is not None:
+        return
+    audit.error_code = failure.code
+    audit.error_message = failure.message
+    audit.error_field = failure.field
+    finish(audit, AuditState.FAILED)
+    _withdraw_units(session, audit.id, states=(UnitState.READY, UnitState.RUNNING))
+
+
+def request_cancel(session: Session, audit: Audit) -> None:
+    """Ask for an audit's end; it ends at once when no worker holds any of its units."""
+    if audit.cancel_requested_at is None:
+        audit.cancel_requested_at = func.now()
+        audit.version += 1
+    _withdraw_units(session, audit.id, states=(UnitState.READY,))
+    session.flush()
+    settle_cancel(session, audit)
+
+
+def stop_for_cancel(engine: Engine, held: Claim) -> None:
+    """Drop a unit because its audit is being cancelled, and end the audit when it was the last."""
+    with transaction(engine) as session:
+        audit = _locked(session, held.audit_id)
+        try:
+            _leave(session, held, state=UnitState.CANCELLED)
+        except LeaseLost:
+            return
+        session.flush()
+        settle_cancel(session, audit)
+
+
+def settle_cancel(session: Session, audit: Audit) -> None:
+    """End an audit as cancelled once nobody works on it any more."""
+    held = select(func.count()).where(
+        WorkUnit.audit_id == audit.id,
+        WorkUnit.state == UnitState.RUNNING,
+        WorkUnit.lease_until >= func.now(),
+    )
+    if audit.finished_at is None and audit.cancel_requested_at and not session.scalar(held):
+        _withdraw_units(session, audit.id, states=(UnitState.READY, UnitState.RUNNING))
+        finish(audit, AuditState.CANCELLED)
+
+
+def finish(audit: Audit, state: AuditState) -> None:
+    """Set a final state."""
+    enter_state(audit, state)
+    audit.finished_at = func.now()
+    audit.stage = None
+    audit.eta_seconds = None
+
+
+def enter_state(audit: Audit, state: AuditState) -> None:
+    """Set a state, note when, and raise the row's version (its ETag)."""
+    if audit.state != state:
+        audit.state = state
+        audit.state_times = {**audit.state_times, state.value: datetime.now(UTC).isoformat()}
+    audit.version += 1
+
+
+def _lease_end(seconds: float) -> ColumnElement[datetime]:
+    return func.now() + timedelta(seconds=seconds)
+
+
+def _locked(session: Session, audit_id: str) -> Audit:
+    return session.scalars(select(Audit).where(Audit.id == audit_id).with_for_update()).one()
+
+
+def _held_unit(session: Session, held: Claim) -> WorkUnit:
+    unit = session.scalars(
+        select(WorkUnit)
+        .where(WorkUnit.id == held.unit_id, WorkUnit.epoch == held.epoch)
+        .where(WorkUnit.state == UnitState.RUNNING)
+        .with_for_update()
+    ).one_or_none()
+    if unit is None:
+        raise LeaseLost(held.unit_id)
+    return unit
+
+
+def _leave(session: Session, held: Claim, *, state: UnitState) -> WorkUnit:
+    unit = _held_unit(session, held)
+    unit.state = state
+    unit.owner = None
+    unit.lease_until = None
+    unit.sent_at = None
+    return unit
+
+
+def _withdraw_units(session: Session, audit_id: str, *, states: tuple[UnitState, ...]) -> None:
+    session.execute(
+        update(WorkUnit)
+        .where(WorkUnit.audit_id == audit_id, WorkUnit.state.in_(states))
+        .values(state=UnitState.CANCELLED, lease_until=None, owner=None)
+    )
+
+
+def _report_progress(
+    session: Session, audit: Audit, stage: Stage, samples_per_second: float | None
+) -> None:
+    fraction = session.scalar(
+        select(func.avg(WorkUnit.done * 1.0 / func.greatest(WorkUnit.total, 1))).where(
+            WorkUnit.audit_id == audit.id, WorkUnit.stage == stage
+        )
+    )
+    progress = overall_progress(audit.request, stage, float(fraction or 0.0))
+    audit.progress = max(audit.progress, progress)
+    started = audit.state_times.get(AuditState.PREPARING)
+    if started and progress > _LEAST_PROGRESS_FOR_ETA:
+        elapsed = (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds()
+        audit.eta_seconds = elapsed * (1 - progress) / progress
+    if samples_per_second is not None:
+        audit.samples_per_second = samples_per_second
+    audit.version += 1
