@@ -1,5 +1,6 @@
 """Errors of the API: every one leaves as an RFC 9457 problem document (docs/errors.md)."""
 
+import errno
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, ClassVar, Self
@@ -9,11 +10,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi_problem.error import Problem, StatusProblem
 from fastapi_problem.handler import ExceptionHandler, add_exception_handler, new_exception_handler
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 PROBLEM_TYPE = "urn:winnow:problem:{type}"
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class AppError(StatusProblem):
@@ -45,6 +49,22 @@ class NotAuthenticated(AppError):
     headers_: ClassVar = {"WWW-Authenticate": "Bearer"}
 
 
+class NotPermitted(AppError):
+    """The caller may not do this from where it is."""
+
+    type_ = "not-permitted"
+    title = "Not permitted"
+    status = HTTPStatus.FORBIDDEN
+
+
+class RangeNotSatisfiable(AppError):
+    """The part of a file that was asked for does not exist."""
+
+    type_ = "range-not-satisfiable"
+    title = "Range not satisfiable"
+    status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+
+
 class NotReady(AppError):
     """A part that the call needs cannot be reached just now."""
 
@@ -74,6 +94,14 @@ class InvalidRequest(AppError):
         return cls(detail, errors=[{"pointer": pointer, "detail": detail}])
 
 
+class FieldConflict(ValueError):
+    """Raised by a validator of a whole model, about one of its fields."""
+
+    def __init__(self, *path: str | int, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 class BodyTooLarge(HTTPException):
     """The body is larger than this server takes."""
 
@@ -91,13 +119,23 @@ def _pointer(error: Mapping[str, Any]) -> str:
         return ".".join(str(part) for part in error["loc"])
     if error["type"] == "json_invalid":  # the rest of the place is a position in the text
         return "#"
-    return "#" + "".join(f"/{part}" for part in path)
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, FieldConflict):
+        path.extend(cause.path)
+    return "#" + "".join(f"/{_escaped(part)}" for part in path)
+
+
+def _escaped(part: str | int) -> str:
+    return str(part).replace("~", "~0").replace("/", "~1")
 
 
 def _validation_problem(
     _handler: ExceptionHandler, _request: Request, error: RequestValidationError
 ) -> Problem:
-    errors = [{"pointer": _pointer(item), "detail": item["msg"]} for item in error.errors()]
+    errors = [
+        {"pointer": _pointer(item), "detail": item["msg"].removeprefix("Value error, ")}
+        for item in error.errors()
+    ]
     first = f"{errors[0]['pointer']}: {errors[0]['detail']}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return InvalidRequest(first + more, errors=errors)
@@ -107,6 +145,24 @@ def _database_problem(_handler: ExceptionHandler, _request: Request, _error: Exc
     return NotReady(
         "The database cannot be reached. Nothing was stored; try again in a few seconds.",
         headers={"Retry-After": "5"},
+    )
+
+
+def _data_problem(_handler: ExceptionHandler, _request: Request, error: DataError) -> Problem:
+    structlog.get_logger().warning("value_not_storable", error=str(error.orig))
+    return InvalidRequest(
+        "The request holds a value that cannot be stored: a NUL character, or a number out of "
+        "range."
+    )
+
+
+def _storage_problem(handler: ExceptionHandler, request: Request, error: OSError) -> Problem:
+    if error.errno not in DISK_FULL:
+        return _internal_problem(handler, request, error)
+    structlog.get_logger().error("storage_full", error=str(error))
+    return StorageFull(
+        "The server's disk is full. Nothing was stored; delete audits or datasets that are not "
+        "needed any more, or ask the operator for more room."
     )
 
 
@@ -124,20 +180,49 @@ def _internal_problem(_handler: ExceptionHandler, request: Request, error: Excep
     )
 
 
+def problem_responses(*errors: type[AppError]) -> dict[int | str, dict[str, Any]]:
+    """Return what OpenAPI says of the errors that a route may answer."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for error in errors:
+        example = error("What happened and what to change.").marshal(uri=PROBLEM_TYPE)
+        responses[int(error.status)] = {
+            "description": error.title,
+            "content": {
+                PROBLEM_MEDIA_TYPE: {
+                    "schema": {"$ref": "#/components/schemas/Problem"},
+                    "example": example,
+                }
+            },
+        }
+    return responses
+
+
+def problem_response(problem: Problem) -> JSONResponse:
+    """Return a problem as a response, for middleware, which no error handler surrounds."""
+    return JSONResponse(
+        problem.marshal(uri=PROBLEM_TYPE),
+        status_code=problem.status,
+        headers=problem.headers,
+        media_type=PROBLEM_MEDIA_TYPE,
+    )
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Make every error of `app` a problem document."""
     handlers: dict[Any, Any] = {
         OperationalError: _database_problem,
         PoolTimeout: _database_problem,
+        DataError: _data_problem,
+        OSError: _storage_problem,
     }
     handler = new_exception_handler(
         handlers=handlers,
         request_validation_handler=_validation_problem,
         documentation_uri_template=PROBLEM_TYPE,
     )
-    add_exception_handler(app, handler)
-    app.add_exception_handler(OperationalError, handler)
-    app.add_exception_handler(PoolTimeout, handler)
+    add_exception_handler(app, handler, generic_swagger_defaults=False)
+    for error_class in (OperationalError, PoolTimeout, DataError, OSError):
+        app.add_exception_handler(error_class, handler)
 
     def internal_error(request: Request, error: Exception) -> Any:  # noqa: ANN401
         return handler(request, _internal_problem(handler, request, error))

@@ -4,7 +4,7 @@ import base64
 import binascii
 from typing import Annotated, Generic, TypeVar
 
-from fastapi import Query
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from app.errors import InvalidRequest
@@ -49,3 +49,10 @@ def decode_cursor(cursor: str, key_type: type[Key]) -> Key:
 def cut_page(rows: list[Item], limit: int) -> tuple[list[Item], bool]:
     """Return the page and whether more follow, from rows that were read one beyond the limit."""
     return rows[:limit], len(rows) > limit
+
+
+def link_next(request: Request, response: Response, next_cursor: str | None) -> None:
+    """Set the Link header of a page (RFC 8288), as a reference relative to this server."""
+    if next_cursor is not None:
+        url = request.url.include_query_params(cursor=next_cursor)
+        response.headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from app.catalogue import ESTIMATORS, AggregationName, EstimatorName
 from app.datasets.files import ColumnNames
+from app.errors import FieldConflict
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
@@ -115,10 +116,9 @@ class Flag(Strict):
 
     def number(self, num_train: int) -> int:
         """Return how many of `num_train` samples are flagged."""
-        if self.count is not None:
-            return min(self.count, num_train)
-        assert self.fraction is not None
-        return round(self.fraction * num_train)
+        if self.fraction is not None:
+            return round(self.fraction * num_train)
+        return min(self.count or 0, num_train)
 
 
 class AuditRequest(Strict):
@@ -175,25 +175,33 @@ class AuditRequest(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> "AuditRequest":
         if self.model.adapter and self.fine_tune:
-            raise ValueError(
-                "fine_tune starts from a base model; leave out either fine_tune or model.adapter"
+            raise FieldConflict(
+                "fine_tune",
+                message="fine_tune starts from a base model; leave out either fine_tune or "
+                "model.adapter",
             )
         if self.model.target_modules and (self.model.adapter or self.fine_tune):
-            raise ValueError(
-                "model.target_modules is for a model that was fine-tuned in full; with adapters "
-                "their own modules are used (fine_tune.target_modules chooses them)"
+            raise FieldConflict(
+                *("model", "target_modules"),
+                message="model.target_modules is for a model that was fine-tuned in full; with "
+                "adapters their own modules are used (fine_tune.target_modules chooses them)",
             )
         if self.plant_noise and self.train.columns and self.train.columns.noise:
-            raise ValueError(
-                "train.columns.noise names known noise and plant_noise adds more; use one of them"
+            raise FieldConflict(
+                "plant_noise",
+                message="train.columns.noise names known noise and plant_noise adds more; use "
+                "one of them",
             )
         if not ESTIMATORS[self.ranking.estimator].has_layers and self.ranking.layers != "all":
-            raise ValueError(
-                f"ranking.estimator {self.ranking.estimator.value} has no layers; "
-                "set ranking.layers to all"
+            raise FieldConflict(
+                *("ranking", "layers"),
+                message=f"ranking.estimator {self.ranking.estimator.value} has no layers; "
+                "set ranking.layers to all",
             )
         if len(self.metadata) > MAX_METADATA_KEYS:
-            raise ValueError(f"metadata has more than {MAX_METADATA_KEYS} keys")
+            raise FieldConflict(
+                "metadata", message=f"metadata has more than {MAX_METADATA_KEYS} keys"
+            )
         return self
 
     def stored(self) -> dict[str, Any]:

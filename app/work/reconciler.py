@@ -53,7 +53,7 @@ def _end_cancelled_audits(session: Session) -> None:
     cancelling = select(Audit).where(
         Audit.finished_at.is_(None), Audit.cancel_requested_at.is_not(None)
     )
-    for audit in session.scalars(cancelling.with_for_update(skip_locked=True)):
+    for audit in session.scalars(cancelling.with_for_update(skip_locked=True, key_share=True)):
         settle_cancel(session, audit)
 
 
@@ -63,7 +63,7 @@ def _take_back_expired_leases(session: Session, settings: Settings) -> None:
         .join(WorkUnit, WorkUnit.audit_id == Audit.id)
         .where(WorkUnit.state == UnitState.RUNNING, WorkUnit.lease_until < func.now())
         .order_by(Audit.id)
-        .with_for_update(skip_locked=True)
+        .with_for_update(skip_locked=True, key_share=True)
     )
     for audit, unit in session.execute(expired):
         log.warning(

@@ -36,6 +36,10 @@ class LeaseLost(Exception):
     """The unit is held by another worker, or its audit has ended; its result must be dropped."""
 
 
+class CancelPending(LeaseLost):
+    """The unit is done, but its audit is being cancelled."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why an audit failed: a stable code, a sentence that says what to change, the field."""
@@ -53,7 +57,7 @@ def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> 
             select(Audit)
             .join(WorkUnit, WorkUnit.audit_id == Audit.id)
             .where(WorkUnit.id == unit_id)
-            .with_for_update(of=Audit)
+            .with_for_update(of=Audit, key_share=True)
         ).one_or_none()
         if audit is None or audit.finished_at is not None or audit.cancel_requested_at is not None:
             return None
@@ -99,7 +103,7 @@ def renew(
         LeaseLost: another worker has the unit, or the audit has ended.
     """
     with transaction(engine) as session:
-        audit = _locked(session, held.audit_id)
+        audit = locked_audit(session, held.audit_id)
         unit = _held_unit(session, held)
         unit.lease_until = _lease_end(lease_seconds)
         unit.done = done
@@ -118,9 +122,9 @@ def complete(session: Session, held: Claim, *, result: dict[str, Any]) -> list[s
     Raises:
         LeaseLost: the unit is no longer ours; the caller's transaction must be rolled back.
     """
-    audit = _locked(session, held.audit_id)
+    audit = locked_audit(session, held.audit_id)
     if audit.cancel_requested_at is not None:
-        raise LeaseLost(held.unit_id)
+        raise CancelPending(held.unit_id)
     unit = _leave(session, held, state=UnitState.DONE)
     unit.result = result
     unit.done = unit.total
@@ -157,7 +161,7 @@ def add_units(session: Session, audit_id: str, stage: Stage, *, count: int = 1) 
 def release(engine: Engine, held: Claim, *, reason: str, count_attempt: bool = True) -> None:
     """Give a unit back so that a worker can take it again; does nothing when it is not ours."""
     with transaction(engine) as session:
-        _locked(session, held.audit_id)
+        locked_audit(session, held.audit_id)
         try:
             unit = _leave(session, held, state=UnitState.READY)
         except LeaseLost:
@@ -170,7 +174,7 @@ def release(engine: Engine, held: Claim, *, reason: str, count_attempt: bool = T
 def fail(engine: Engine, held: Claim, failure: Failure) -> None:
     """End a unit's audit as failed, unless the unit is no longer ours."""
     with transaction(engine) as session:
-        audit = _locked(session, held.audit_id)
+        audit = locked_audit(session, held.audit_id)
         try:
             unit = _leave(session, held, state=UnitState.FAILED)
         except LeaseLost:
@@ -203,7 +207,7 @@ def request_cancel(session: Session, audit: Audit) -> None:
 def stop_for_cancel(engine: Engine, held: Claim) -> None:
     """Drop a unit because its audit is being cancelled, and end the audit when it was the last."""
     with transaction(engine) as session:
-        audit = _locked(session, held.audit_id)
+        audit = locked_audit(session, held.audit_id)
         try:
             _leave(session, held, state=UnitState.CANCELLED)
         except LeaseLost:
@@ -244,8 +248,11 @@ def _lease_end(seconds: float) -> ColumnElement[datetime]:
     return func.now() + timedelta(seconds=seconds)
 
 
-def _locked(session: Session, audit_id: str) -> Audit:
-    return session.scalars(select(Audit).where(Audit.id == audit_id).with_for_update()).one()
+def locked_audit(session: Session, audit_id: str) -> Audit:
+    """Return an audit's row, held until the transaction ends."""
+    statement = select(Audit).where(Audit.id == audit_id)
+    # FOR NO KEY UPDATE: heartbeats go on while a long COPY refers to the audit's row
+    return session.scalars(statement.with_for_update(key_share=True)).one()
 
 
 def _held_unit(session: Session, held: Claim) -> WorkUnit:

@@ -1,0 +1,194 @@
+"""Datasets: taken in whole and checked, or not at all."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from app.audits.repository import uses_dataset
+from app.datasets import repository
+from app.datasets.columns import ColumnField
+from app.datasets.files import (
+    DatasetError,
+    DatasetLimits,
+    guess_format,
+    inspect_dataset,
+)
+from app.datasets.models import Dataset
+from app.datasets.schemas import UploadOptions
+from app.datasets.storage import upload_path
+from app.db import new_id, transaction
+from app.errors import Conflict, InvalidRequest, NotFound
+from app.references import UploadReference
+from app.settings import Settings
+
+HEAD_BYTES = 4096
+CHUNK_BYTES = 1024**2
+
+_POINTER_OF_FIELD: dict[ColumnField | None, str] = {
+    "text": "#/text_column",
+    "text_pair": "#/text_pair_column",
+    "label": "#/label_column",
+    "noise": "#/noise_column",
+    None: "#/file",
+}
+
+log = structlog.get_logger()
+
+
+def dataset_limits(settings: Settings) -> DatasetLimits:
+    """Return the largest dataset that this server takes."""
+    return DatasetLimits(max_rows=settings.max_rows, max_text_chars=settings.max_text_chars)
+
+
+def store_dataset(
+    engine: Engine,
+    settings: Settings,
+    *,
+    tenant: str,
+    file: BinaryIO,
+    filename: str,
+    options: UploadOptions,
+) -> Dataset:
+    """Check an uploaded file and keep it.
+
+    The file is written under a temporary name, flushed to disk and renamed before its row is
+    committed: a row always has its file, and a refusal leaves nothing.
+
+    Raises:
+        InvalidRequest: what is wrong with the file, and where.
+        OSError: the disk is full (the error handlers make it a 507).
+    """
+    dataset_id = new_id("ds")
+    columns = options.columns()
+    with _refusals_as_problems():
+        file_format = options.format or guess_format(filename, file.read(HEAD_BYTES))
+        file.seek(0)
+        final = upload_path(settings.data_dir, dataset_id, file_format)
+        with _staging_beside(final.parent) as staging:
+            path = staging / final.name
+            sha256 = _write(file, path)
+            summary = inspect_dataset(
+                path, format=file_format, columns=columns, limits=dataset_limits(settings)
+            )
+            dataset = Dataset(
+                id=dataset_id,
+                tenant=tenant,
+                name=options.name or filename,
+                format=file_format,
+                columns=columns.model_dump(),
+                num_rows=summary.num_rows,
+                num_bytes=path.stat().st_size,
+                sha256=sha256,
+                summary=summary.model_dump(mode="json"),
+            )
+            _sync(staging)
+            staging.rename(final.parent)
+    try:
+        _sync(final.parent.parent)
+        with transaction(engine) as session:
+            session.add(dataset)
+    except BaseException:
+        shutil.rmtree(final.parent, ignore_errors=True)
+        raise
+    log.info("dataset_stored", dataset_id=dataset_id, num_rows=summary.num_rows)
+    return dataset
+
+
+def get_dataset(engine: Engine, *, tenant: str, dataset_id: str) -> Dataset:
+    """Return a tenant's dataset.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+    """
+    with Session(engine) as session:
+        return _existing(repository.find_dataset(session, tenant, dataset_id), dataset_id)
+
+
+def list_datasets(
+    engine: Engine, *, tenant: str, limit: int, before_id: str | None
+) -> list[Dataset]:
+    """Return a tenant's datasets, the newest first, one more than `limit` when there are more."""
+    with Session(engine) as session:
+        return repository.list_datasets(session, tenant, limit=limit, before_id=before_id)
+
+
+def delete_dataset(engine: Engine, settings: Settings, *, tenant: str, dataset_id: str) -> None:
+    """Remove a dataset and its file.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+        Conflict: an audit that has not ended reads it.
+    """
+    with transaction(engine) as session:
+        dataset = _existing(
+            repository.find_dataset(session, tenant, dataset_id, lock=True), dataset_id
+        )
+        if uses_dataset(session, tenant, str(UploadReference(dataset_id))):
+            raise Conflict(
+                f"An audit that has not ended reads {dataset_id}. Cancel it or wait for its end, "
+                "then delete the dataset."
+            )
+        session.delete(dataset)
+    path = upload_path(settings.data_dir, dataset_id, dataset.format)
+    shutil.rmtree(path.parent, ignore_errors=True)
+    log.info("dataset_deleted", dataset_id=dataset_id)
+
+
+def _existing(dataset: Dataset | None, dataset_id: str) -> Dataset:
+    if dataset is None:
+        raise NotFound(f"There is no dataset {dataset_id!r}.")
+    return dataset
+
+
+@contextmanager
+def _refusals_as_problems() -> Iterator[None]:
+    try:
+        yield
+    except DatasetError as error:
+        place = {"pointer": _POINTER_OF_FIELD[error.field], "detail": error.message}
+        raise InvalidRequest(
+            f"The file was not taken: {error.message}",
+            errors=[place],
+            code=error.code,
+            row=error.row,
+        ) from error
+
+
+@contextmanager
+def _staging_beside(final: Path) -> Iterator[Path]:
+    """Yield a folder that is gone at the end, unless it was renamed."""
+    staging = final.with_name(f".{final.name}.partial")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(source: BinaryIO, path: Path) -> str:
+    """Copy to disk, flush, and return the SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("xb") as target:
+        while chunk := source.read(CHUNK_BYTES):
+            digest.update(chunk)
+            target.write(chunk)
+        target.flush()
+        os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,5 @@
+"""The version of the service, stored with every audit."""
+
+from importlib.metadata import version
+
+VERSION = version("winnow")

@@ -1,0 +1,107 @@
+"""The worker process: Celery's consumer, the reconciler, the sign of life."""
+
+import os
+import socket
+import threading
+
+import psutil
+import structlog
+from celery import Celery
+from celery.signals import worker_shutting_down
+from sqlalchemy import Engine, func
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.db import make_engine, transaction
+from app.jobs import QUEUE_NAME, make_celery
+from app.logs import configure_logging
+from app.settings import Settings, get_settings
+from app.version import VERSION
+from app.work.models import WorkerHeartbeat
+from app.work.reconciler import Reconciler
+from workers.tasks import DRAIN_SIGNAL
+
+SIGN_OF_LIFE_SECONDS = 10
+
+log = structlog.get_logger()
+
+
+def make_worker_celery(settings: Settings) -> Celery:
+    """Return the Celery application with the tasks; spawned children build the same one."""
+    celery = make_celery(settings)
+    celery.conf.include = ["workers.tasks"]
+    return celery
+
+
+def run_worker() -> int:
+    """Work until told to stop; return the exit code.
+
+    SIGTERM drains: the unit at hand is left at its next batch and given back without counting an
+    attempt, so another worker goes on where it was.
+    """
+    settings = get_settings()
+    configure_logging(settings.log_format)
+    celery = make_worker_celery(settings)
+    engine = make_engine(settings.require_database_url())
+    name = f"{socket.gethostname()}:{os.getpid()}"
+    reconciler = Reconciler(engine, celery, settings)
+    sign_of_life = _SignOfLife(engine, name, settings)
+    worker_shutting_down.connect(_drain_children)
+    reconciler.start()
+    sign_of_life.start()
+    try:
+        worker = celery.Worker(
+            hostname=f"winnow@{name}",
+            queues=[QUEUE_NAME],
+            loglevel="INFO",
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+        )
+        worker.start()
+        return int(worker.exitcode or 0)
+    finally:
+        reconciler.stop()
+        sign_of_life.stop()
+
+
+def _drain_children(**_: object) -> None:
+    for child in psutil.Process().children():
+        child.send_signal(DRAIN_SIGNAL)
+
+
+class _SignOfLife(threading.Thread):
+    """Writes the worker's row, which /readyz reads."""
+
+    def __init__(self, engine: Engine, name: str, settings: Settings) -> None:
+        super().__init__(name="sign-of-life", daemon=True)
+        self._engine = engine
+        self._row = {"name": name, "device": settings.device, "engine_version": VERSION}
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        is_over = False
+        while not is_over:
+            try:
+                with transaction(self._engine) as session:
+                    row = insert(WorkerHeartbeat).values(**self._row)
+                    session.execute(
+                        row.on_conflict_do_update(
+                            index_elements=["name"], set_={"seen_at": func.now()}
+                        )
+                    )
+            except SQLAlchemyError as error:
+                log.warning("sign_of_life_failed", error=str(error))
+            is_over = self._stopped.wait(SIGN_OF_LIFE_SECONDS)
+
+    def stop(self) -> None:
+        """Remove the row: this worker is gone on purpose."""
+        self._stopped.set()
+        self.join(timeout=5)
+        try:
+            with transaction(self._engine) as session:
+                row = session.get(WorkerHeartbeat, self._row["name"])
+                if row is not None:
+                    session.delete(row)
+        except SQLAlchemyError as error:
+            log.warning("sign_of_life_failed", error=str(error))

@@ -1,0 +1,41 @@
+"""The baselines that every table shows beside influence."""
+
+import torch
+from torch import Tensor
+
+from workers.influence.estimators.base import Baseline, SampleFacts
+
+
+class Loss(Baseline):
+    """−loss(x_i)."""
+
+    name = "loss"
+    description = "The plain loss at the checkpoint: what influence must beat."
+
+    def score(self, facts: SampleFacts) -> Tensor:
+        return -facts.loss_T
+
+
+class Random(Baseline):
+    """A seeded draw, the same for the same seed and number of samples."""
+
+    name = "random"
+    description = "Chance, the floor of every comparison."
+
+    def score(self, facts: SampleFacts) -> Tensor:
+        # drawn on the CPU, so that every device gives the same scores
+        generator = torch.Generator().manual_seed(facts.seed)
+        return torch.rand(len(facts.loss_T), generator=generator).to(facts.loss_T.device)
+
+
+class Oracle(Baseline):
+    """−1 for known noise, 0 for the rest."""
+
+    name = "oracle"
+    description = "Known noise first: the best that is possible, where the noise is known."
+    needs_known_noise = True
+
+    def score(self, facts: SampleFacts) -> Tensor:
+        if facts.is_noisy_T is None:
+            raise ValueError("the oracle needs to know which samples are noisy.")
+        return -facts.is_noisy_T.float()

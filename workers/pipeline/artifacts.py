@@ -1,0 +1,110 @@
+"""The files of one audit: where they are, and how they appear whole or not at all."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import orjson
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class Artifacts:
+    """Paths under `<data_dir>/audits/<audit id>/`; every worker of the audit sees the same."""
+
+    def __init__(self, data_dir: Path, audit_id: str) -> None:
+        self.root = data_dir / "audits" / audit_id
+        self.train = self.root / "prepared" / "train.arrow"
+        self.validation = self.root / "prepared" / "validation.arrow"
+        self.prepared = self.root / "prepared" / "prepared.json"
+        self.checkpoint = self.root / "fine_tune" / "checkpoint.safetensors"
+        self.best = self.root / "fine_tune" / "best.safetensors"
+        self.adapter = self.root / "fine_tune" / "adapter"
+        self.validation_gradients = self.root / "validation" / "gradients.safetensors"
+        self.validation_facts = self.root / "validation" / "facts.safetensors"
+        self.modules = self.root / "validation" / "modules.json"
+        self.queries = self.root / "scratch" / "queries.safetensors"
+        self.results = self.root / "results"
+        self._scratch = self.root / "scratch"
+
+    def facts(self, shard: int) -> Path:
+        """What a shard's forward pass told of each sample."""
+        return self.root / "facts" / f"{shard:05d}.safetensors"
+
+    def influence(self, estimator: str, shard: int) -> Path:
+        """A shard's influence [M, V, T_shard]."""
+        return self.root / "influence" / estimator / f"{shard:05d}.safetensors"
+
+    def gradients(self, shard: int) -> Path:
+        """A shard's per-sample gradients, kept between passes."""
+        return self._scratch / "gradients" / f"{shard:05d}.safetensors"
+
+    def curvature(self, shard: int) -> Path:
+        """A shard's part of the curvature."""
+        return self._scratch / "curvature" / f"{shard:05d}.safetensors"
+
+    def remove_scratch(self) -> None:
+        """Remove what only the passes over the gradients needed."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path`, flushed to disk, when the block ends well.
+
+    Two workers that write the same artifact write the same bytes, so whoever is last is right.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a safetensors file, whole or not at all."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomically(path) as temporary:
+        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON, whole or not at all."""
+    with atomically(path) as temporary:
+        temporary.write_bytes(orjson.dumps(value, option=orjson.OPT_SORT_KEYS))
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object."""
+    value: dict[str, object] = orjson.loads(path.read_bytes())
+    return value
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""The one task: claim a unit of work, run its stage, save, say what is next."""
+
+import os
+import signal
+import socket
+from functools import lru_cache
+
+import structlog
+from celery import Celery, shared_task
+from celery.signals import worker_process_init
+from sqlalchemy import Engine
+
+from app.db import make_engine, transaction
+from app.jobs import TASK_NAME, send_units
+from app.logs import configure_logging
+from app.settings import Settings, get_settings
+from app.work import repository as work
+from app.work.repository import CancelPending, Claim, Failure, LeaseLost
+from workers.lease import CancelRequested, Draining, Hold, HoldLost
+
+DRAIN_SIGNAL = signal.SIGUSR2  # Celery and billiard use SIGUSR1 themselves
+
+log = structlog.get_logger()
+
+_held: list[Hold] = []  # at most one: a child runs one task at a time
+
+
+@worker_process_init.connect  # type: ignore[untyped-decorator]  # Celery has no types
+def _listen_for_drain(**_: object) -> None:
+    """Let the parent's signal end the unit at hand at its next batch."""
+
+    def drain(_number: int, _frame: object) -> None:
+        for hold in _held:
+            hold.drain()
+
+    signal.signal(DRAIN_SIGNAL, drain)
+
+
+@lru_cache
+def _process_engine() -> Engine:
+    """Return this process's own connections; children are spawned, so none is inherited."""
+    settings = get_settings()
+    configure_logging(settings.log_format)
+    return make_engine(settings.require_database_url())
+
+
+@shared_task(name=TASK_NAME, bind=True)  # type: ignore[untyped-decorator]
+def run_unit(self: object, unit_id: str) -> None:
+    """Look at a unit of work; a unit that is held or over needs nothing."""
+    settings = get_settings()
+    engine = _process_engine()
+    owner = f"{socket.gethostname()}:{os.getpid()}"
+    claim = work.claim(engine, unit_id, owner=owner, lease_seconds=settings.lease_seconds)
+    if claim is None:
+        log.info("nothing_to_claim", unit_id=unit_id)
+        return
+    context = {
+        "audit_id": claim.audit_id,
+        "unit_id": claim.unit_id,
+        "stage": claim.stage.value,
+        "position": claim.position,
+        "attempt": claim.attempts,
+    }
+    with structlog.contextvars.bound_contextvars(**context):
+        ready = execute(engine, settings, claim)
+        if ready:
+            celery: Celery = self.app  # type: ignore[attr-defined]  # bound task
+            send_units(engine, celery, ready)
+
+
+def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
+    """Run a claimed unit to its end, whatever that is.
+
+    Returns:
+        Ids of the units that became ready.
+    """
+    # torch and transformers are loaded by the child that works, not by Celery's parent process
+    # ruff: noqa: PLC0415
+    from workers.pipeline.failures import INTERNAL_ERROR, failure_of, is_worth_retrying
+    from workers.pipeline.run import run_stage
+
+    log.info("unit_started")
+    with Hold(engine, settings, claim) as hold:
+        _held.append(hold)
+        try:
+            output = run_stage(engine, settings, claim, hold)
+            with hold.silence(), transaction(engine) as session:
+                output.write(session)
+                output.save(work.locked_audit(session, claim.audit_id))
+                ready = work.complete(session, claim, result=output.result)
+        except (CancelRequested, CancelPending):
+            work.stop_for_cancel(engine, claim)
+            log.info("unit_cancelled")
+        except Draining:
+            work.release(engine, claim, reason="its worker was stopped", count_attempt=False)
+            log.info("unit_given_back")
+        except (HoldLost, LeaseLost):
+            log.warning("unit_lost")
+        except Exception as error:
+            failure = failure_of(error)
+            if is_worth_retrying(error) and claim.attempts < settings.max_attempts:
+                log.exception("unit_failed_will_retry", code=failure.code)
+                work.release(engine, claim, reason=failure.message)
+            else:
+                log.exception("audit_failed", code=failure.code)
+                work.fail(
+                    engine,
+                    claim,
+                    _naming_part(failure, claim) if failure.code == INTERNAL_ERROR else failure,
+                )
+        else:
+            log.info("unit_done", units_ready=len(ready))
+            return ready
+        finally:
+            _held.remove(hold)
+    return []
+
+
+def _naming_part(failure: Failure, claim: Claim) -> Failure:
+    """Say which part failed where a retry could not help any more."""
+    message = (
+        f"Stage {claim.stage.value}, part {claim.position}, failed {claim.attempts} times: "
+        f"{failure.message}"
+    )
+    return Failure(failure.code, message, failure.field)
