@@ -10,6 +10,7 @@ SourceErrorCode = Literal[
     "hub_error",
     "too_large",
     "missing_file",
+    "changed_file",
     "unsafe_file",
     "unreadable_file",
     "unsupported_model",

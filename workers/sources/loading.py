@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from workers.sources.errors import SourceError, SourceErrorCode, SourceField
 from workers.sources.models import ResolvedModel, weight_files
+from workers.sources.staging import check_unchanged
 
 Label = int | str
 
@@ -180,18 +181,14 @@ def _require_trained(head: _Head) -> int:
 
 def _saved_shapes(resolved: ResolvedModel, *, adapter: bool) -> dict[str, tuple[int, ...]]:
     folder = resolved.adapter_path if adapter else resolved.path
+    if folder is None:
+        return {}
+    check_unchanged(folder, field="adapter" if adapter else "model")
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder) if folder is not None else ():
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise _refusal(
-                f"the weights {path.name} were moved or changed after they were checked: {error}",
-                "missing_file",
-                "adapter" if adapter else "model",
-            ) from error
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
     return shapes
 
 

@@ -5,10 +5,8 @@ picked by name: no pickle, no code, no other file of the source is ever in reach
 """
 
 import hashlib
-import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,14 @@ from workers.sources.configs import (
 )
 from workers.sources.errors import SourceError, SourceErrorCode, SourceField
 from workers.sources.hub import Hub
+from workers.sources.staging import (
+    LINKS,
+    digest,
+    fingerprints,
+    links,
+    stage_folder,
+    write_json,
+)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -159,14 +165,22 @@ def _resolve_part(
         target = staged / f"hub--{reference.repo.replace('/', '--')}--{field}--{revision}"
         if not target.is_dir():
             files = _hub_files(reference, commit=revision, wanted=wanted, hub=hub, field=field)
-            _stage(files, target, stage=stage)
+            stage_folder(files, target, fill=stage)
         return target, revision
     folder, files = _folder_files(reference, wanted=wanted, roots=roots, field=field)
-    revision = _digest(files)
+    try:
+        before = fingerprints(files)
+        revision = digest(files)
+    except OSError as error:
+        raise _refusal(
+            f"{reference.path} cannot be read: {error.strerror}", "not_permitted", field
+        ) from error
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     target = staged / f"file--{where}--{field}--{revision}"
     if not target.is_dir():
-        _stage(files, target, stage=stage)
+        stage_folder(files, target, fill=stage)
+    # The same bytes may have been written anew since they were laid out.
+    write_json(target / LINKS, {name: before[name] for name in links(target)})
     return target, revision
 
 
@@ -241,32 +255,6 @@ def _check_names(names: Sequence[str], *, source: str, field: SourceField) -> No
             )
 
 
-def _digest(files: dict[str, Path]) -> str:
-    """Return the sha256 over the names, sizes and bytes of all files."""
-    total = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{name}\0{content}\n".encode())
-    return total.hexdigest()
-
-
-def _stage(
-    files: dict[str, Path], target: Path, *, stage: Callable[[dict[str, Path], Path], None]
-) -> None:
-    """Fill a folder under a temporary name, then rename it; another process may be first."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".staging-") as temporary:
-        content = Path(temporary) / "content"
-        content.mkdir()
-        stage(files, content)
-        try:
-            content.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-
-
 def _stage_model(files: dict[str, Path], target: Path) -> None:
     config = clean_model_config(read_json(files[CONFIG], field="model"))
     model_type = str(config.get("model_type"))
@@ -281,16 +269,16 @@ def _stage_model(files: dict[str, Path], target: Path) -> None:
         raise _refusal(
             "the tokenizer is incomplete: vocab.json needs merges.txt", "missing_file", "model"
         )
-    _write_json(target / CONFIG, config)
+    write_json(target / CONFIG, config)
     if TOKENIZER_CONFIG in files:
         tokenizer_config = read_json(files[TOKENIZER_CONFIG], field="model")
-        _write_json(target / TOKENIZER_CONFIG, clean_tokenizer_config(tokenizer_config))
+        write_json(target / TOKENIZER_CONFIG, clean_tokenizer_config(tokenizer_config))
     if WEIGHTS in files:
         weights = [WEIGHTS]
     else:
         index = read_json(files[WEIGHTS_INDEX], field="model")
         weights = _shards(index, files=files)
-        _write_json(target / WEIGHTS_INDEX, index)
+        write_json(target / WEIGHTS_INDEX, index)
     for name in weights:
         check_safetensors(files[name], field="model")
     for name in (*weights, *(name for name in _TOKENIZER_DATA if name in files)):
@@ -300,7 +288,7 @@ def _stage_model(files: dict[str, Path], target: Path) -> None:
 def _stage_adapter(files: dict[str, Path], target: Path) -> None:
     config = clean_adapter_config(read_json(files[ADAPTER_CONFIG], field="adapter"))
     check_safetensors(files[ADAPTER_WEIGHTS], field="adapter")
-    _write_json(target / ADAPTER_CONFIG, config)
+    write_json(target / ADAPTER_CONFIG, config)
     (target / ADAPTER_WEIGHTS).symlink_to(files[ADAPTER_WEIGHTS].resolve())
 
 
@@ -343,10 +331,6 @@ def _class_names(config: dict[str, Any]) -> tuple[str, ...] | None:
     except KeyError:
         return None
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _refusal(message: str, code: SourceErrorCode, field: SourceField) -> SourceError:

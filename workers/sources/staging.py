@@ -1,0 +1,87 @@
+"""Lay checked files out in a folder of our own: links to the large ones, which are then watched."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from workers.sources.configs import read_json
+from workers.sources.errors import SourceError, SourceField
+
+LINKS = "links.json"
+
+
+def check_unchanged(path: Path, *, field: SourceField) -> None:
+    """Raise if a file that a clean folder links to is not the one that was checked.
+
+    Weights are linked, not copied, so their owner can still move or overwrite them.
+
+    Raises:
+        SourceError: changed_file.
+    """
+    expected = read_json(path / LINKS, field=field)
+    for name, fingerprint in expected.items():
+        try:
+            changed = _fingerprint(path / name) != fingerprint
+        except OSError:
+            changed = True
+        if changed:
+            raise SourceError(
+                f"{name} was moved or changed after the audit began; put it back, or submit the "
+                "audit again",
+                code="changed_file",
+                field=field,
+            )
+
+
+def links(folder: Path) -> list[str]:
+    """Return the names of the files that are links."""
+    return sorted(path.name for path in folder.iterdir() if path.is_symlink())
+
+
+def fingerprints(files: dict[str, Path]) -> dict[str, list[int]]:
+    """Return size and time of change (ns) of each file: what tells cheaply that it changed."""
+    return {name: _fingerprint(path) for name, path in files.items()}
+
+
+def _fingerprint(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def digest(files: dict[str, Path]) -> str:
+    """Return the sha256 over the names, sizes and bytes of all files."""
+    total = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{name}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+def stage_folder(
+    files: dict[str, Path], target: Path, *, fill: Callable[[dict[str, Path], Path], None]
+) -> None:
+    """Fill a folder under a temporary name, then rename it; another process may be first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".staging-") as temporary:
+        content = Path(temporary) / "content"
+        content.mkdir()
+        fill(files, content)
+        write_json(content / LINKS, {name: _fingerprint(files[name]) for name in links(content)})
+        try:
+            content.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that other processes may be reading: all of it or nothing."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
+    ) as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    Path(file.name).replace(path)
