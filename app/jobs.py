@@ -1,11 +1,13 @@
 """Hand committed work to the queue, by task name: a message only says "look at unit X"."""
 
 import structlog
+from anyio import CapacityLimiter, to_thread
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 from sqlalchemy import Engine, func, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.db import transaction
 from app.settings import Settings
@@ -13,6 +15,7 @@ from app.work.models import UnitState, WorkUnit
 
 TASK_NAME = "winnow.work"
 QUEUE_NAME = "winnow"
+MAX_SENDERS = 2
 
 log = structlog.get_logger()
 
@@ -50,6 +53,7 @@ def make_celery(settings: Settings) -> Celery:
         worker_enable_soft_shutdown_on_idle=True,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
         worker_send_task_events=False,
         task_publish_retry_policy={
             "max_retries": 1,
@@ -87,12 +91,40 @@ def send_units(engine: Engine, celery: Celery, unit_ids: list[str]) -> None:
             )
 
 
-def queue_length(celery: Celery) -> int:
+class Sender:
+    """Sends units in the background of a server, a few at a time.
+
+    A frozen broker holds up every sender for seconds; the limit keeps it from taking the threads
+    that answer callers.
+    """
+
+    def __init__(self, engine: Engine, celery: Celery) -> None:
+        self._engine = engine
+        self._celery = celery
+        self._limiter = CapacityLimiter(MAX_SENDERS)
+
+    async def send(self, unit_ids: list[str]) -> None:
+        """Send a message for each unit; what cannot be sent stays owed."""
+        try:
+            await to_thread.run_sync(
+                send_units, self._engine, self._celery, unit_ids, limiter=self._limiter
+            )
+        except SQLAlchemyError as error:
+            log.warning("sent_units_not_noted", error=str(error))
+
+
+def queue_length(celery: Celery, *, timeout: float = 5.0) -> int:
     """Return how many messages wait in the broker.
+
+    Args:
+        celery: knows the broker.
+        timeout: seconds that the broker may take for an answer.
 
     Raises:
         OperationalError: the broker cannot be reached.
+        RedisError: it does not answer, or refuses.
     """
-    with celery.connection_for_read() as connection:
-        connection.ensure_connection(max_retries=1, timeout=5)
+    patience = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+    with celery.connection_for_read(transport_options=patience) as connection:
+        connection.ensure_connection(max_retries=1, timeout=timeout)
         return int(connection.default_channel._size(QUEUE_NAME))  # noqa: SLF001  Redis has no passive declare

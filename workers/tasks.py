@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import structlog
 from celery import Celery, shared_task
-from celery.signals import worker_process_init
+from celery.signals import setup_logging, worker_process_init
 from sqlalchemy import Engine
 
 from app.db import make_engine, transaction
@@ -25,7 +25,13 @@ log = structlog.get_logger()
 _held: list[Hold] = []  # at most one: a child runs one task at a time
 
 
-@worker_process_init.connect  # type: ignore[untyped-decorator]  # Celery has no types
+@setup_logging.connect  # type: ignore[untyped-decorator]  # Celery has no types
+def _configure_logging(**_: object) -> None:
+    """Log as the rest of the service does, in the parent and in the spawned children."""
+    configure_logging(get_settings().log_format)
+
+
+@worker_process_init.connect  # type: ignore[untyped-decorator]
 def _listen_for_drain(**_: object) -> None:
     """Let the parent's signal end the unit at hand at its next batch."""
 
@@ -39,9 +45,7 @@ def _listen_for_drain(**_: object) -> None:
 @lru_cache
 def _process_engine() -> Engine:
     """Return this process's own connections; children are spawned, so none is inherited."""
-    settings = get_settings()
-    configure_logging(settings.log_format)
-    return make_engine(settings.require_database_url())
+    return make_engine(get_settings().require_database_url())
 
 
 @shared_task(name=TASK_NAME, bind=True)  # type: ignore[untyped-decorator]

@@ -12,8 +12,6 @@ Shapes: B batch, S sequence, I/O input and output features, R rank, C classes, M
 of one module.
 """
 
-# ruff: noqa: N815 - fields carry their shape as a suffix, as arguments do
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from workers.influence.layers import (
     layer_groups,
 )
 from workers.influence.lora import LoraFactors, is_adapted, merge_adapter
+from workers.influence.row_sparse import skip_zero_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +139,7 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
             # a key/value cache would keep every layer's keys for nothing
             config.use_cache = False
 
+        skip_zero_rows(model.get_submodule(f"{stack.name}.{stack.num_blocks - 1}"))
         self._model: nn.Module | None = model
         self.device: torch.device = next(model.parameters()).device
         names = factors or dict.fromkeys(_targets(model, stack, target_modules or ()))

@@ -5,8 +5,6 @@ PEFT's layers are recognised by their attributes, so that the engine needs torch
 Shapes: R rank, I input features, O output features.
 """
 
-# ruff: noqa: N815 - fields carry their shape as a suffix, as arguments do
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast

@@ -6,8 +6,6 @@ samples are the suspects.
 Shapes: V validation samples, B a block of training samples, T all of them, d entries of a module.
 """
 
-# ruff: noqa: N815 - fields carry their shape as a suffix, as arguments do
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
