@@ -55,7 +55,9 @@ def open_table(
     columns: ColumnNames,
     limits: DatasetLimits,
 ) -> RawTable:
-    """Open a file, check its header or footer, and return its batches.
+    """Open a file, check its header, footer or first rows, and return its batches.
+
+    This is quick however large the file is; the rows are read while iterating.
 
     Raises:
         DatasetError: the file cannot be read, or has not the columns.
@@ -220,16 +222,9 @@ def _open_csv(path: Path, *, columns: ColumnNames, limits: DatasetLimits) -> Raw
     if header is None:
         raise DatasetError("the file has no rows", code="no_rows")
     _check_columns(header, names=names, limits=limits)
-    label_index = header.index(names["label"])
-    rows = _csv_rows(path, limits=limits)
-    next(rows)
-    has_integers = all(_CANONICAL_INTEGER.fullmatch(row[label_index]) for row in rows)
     return RawTable(
-        columns=tuple(
-            FileColumn(name=name, type="int64" if i == label_index and has_integers else "string")
-            for i, name in enumerate(header)
-        ),
-        batches=_csv_batches(path, names=names, has_integer_labels=has_integers, limits=limits),
+        columns=tuple(FileColumn(name=name, type="string") for name in header),
+        batches=_csv_batches(path, names=names, limits=limits),
     )
 
 
@@ -261,12 +256,12 @@ def _csv_rows(path: Path, *, limits: DatasetLimits) -> Iterator[list[str]]:
 
 
 def _csv_batches(
-    path: Path,
-    *,
-    names: dict[ColumnField, str],
-    has_integer_labels: bool,
-    limits: DatasetLimits,
+    path: Path, *, names: dict[ColumnField, str], limits: DatasetLimits
 ) -> Iterator[pa.RecordBatch]:
+    """Yield strings, the labels as integers if all of them are: a pass over the file tells."""
+    rows = _csv_rows(path, limits=limits)
+    label_index = next(rows).index(names["label"])
+    has_integer_labels = all(_CANONICAL_INTEGER.fullmatch(row[label_index]) for row in rows)
     rows = _csv_rows(path, limits=limits)
     header = next(rows)
     wanted = {name: header.index(name) for name in names.values()}

@@ -84,6 +84,7 @@ async def upload_dataset(
 
 @router.get("", summary="List datasets", responses=problem_responses(InvalidRequest))
 def list_datasets(
+    *,
     request: Request,
     response: Response,
     engine: EngineDep,
