@@ -8,6 +8,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import Engine
 
 from app.errors import NotAuthenticated
+from app.jobs import Sender
 from app.keys.service import tenant_of
 from app.settings import Settings
 
@@ -26,12 +27,17 @@ def _celery(request: Request) -> Celery:
     return cast("Celery", request.app.state.celery)
 
 
+def _sender(request: Request) -> Sender:
+    return cast("Sender", request.app.state.sender)
+
+
 def _settings(request: Request) -> Settings:
     return cast("Settings", request.app.state.settings)
 
 
 EngineDep = Annotated[Engine, Depends(_engine)]
 CeleryDep = Annotated[Celery, Depends(_celery)]
+SenderDep = Annotated[Sender, Depends(_sender)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 
 

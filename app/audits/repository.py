@@ -1,5 +1,6 @@
 """Queries on audits; the tenant is in every one."""
 
+import struct
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -60,10 +61,10 @@ def ranking_of(session: Session, tenant: str, audit_id: str) -> Ranking:
     return session.scalars(statement.order_by(Ranking.id).limit(1)).one()
 
 
-SuspectRow = Row[tuple[RankedSample, TrainingSample]]
+SuspectRow = Row[RankedSample, TrainingSample]
 
 
-def _suspects(ranking: Ranking) -> Select[tuple[RankedSample, TrainingSample]]:
+def _suspects(ranking: Ranking) -> Select[RankedSample, TrainingSample]:
     is_same_sample = (TrainingSample.audit_id == ranking.audit_id) & (
         TrainingSample.sample_index == RankedSample.sample_index
     )
@@ -94,10 +95,16 @@ def list_suspects(
     if label is not None:
         statement = statement.where(RankedSample.given_label == label)
     if min_score is not None:
-        statement = statement.where(RankedSample.score >= min_score)
+        statement = statement.where(RankedSample.score >= _as_stored(min_score))
     if max_score is not None:
-        statement = statement.where(RankedSample.score <= max_score)
+        statement = statement.where(RankedSample.score <= _as_stored(max_score))
     return session.execute(statement.order_by(RankedSample.rank).limit(limit + 1)).all()
+
+
+def _as_stored(score: float) -> float:
+    """Return a score in the 32 bits of its column, so that a score that was read back matches."""
+    stored: float = struct.unpack("f", struct.pack("f", score))[0]
+    return stored
 
 
 def find_sample(session: Session, ranking: Ranking, index: int) -> SuspectRow | None:

@@ -1,0 +1,151 @@
+"""Make answers out of rows."""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from app.audits import answers
+from app.audits.models import Audit, AuditState, RankedSample, TrainingSample, ValidationSample
+from app.audits.repository import SuspectRow
+from app.work.models import Stage
+
+FILE_FORMATS = get_args(answers.FileFormat)
+
+
+def audit_path(audit_id: str, *rest: str) -> str:
+    """Return the path of an audit, or of a part of it."""
+    return "/".join(("/v1/audits", audit_id, *rest))
+
+
+def assemble_audit(audit: Audit) -> answers.Audit:
+    """Return an audit and where it stands."""
+    state = AuditState(audit.state)
+    return answers.Audit(
+        id=audit.id,
+        state=state,
+        done=state.is_final,
+        stage=Stage(audit.stage) if audit.stage else None,
+        progress=audit.progress,
+        samples_per_second=audit.samples_per_second,
+        eta_seconds=audit.eta_seconds,
+        created_at=audit.created_at,
+        finished_at=audit.finished_at,
+        state_times=audit.state_times,
+        cancel_requested_at=audit.cancel_requested_at,
+        request=audit.request,
+        metadata=audit.metadata_,
+        num_train=audit.num_train,
+        num_validation=audit.num_validation,
+        provenance=audit.provenance,
+        timings=audit.timings,
+        results=_results(audit) if state is AuditState.SUCCEEDED else None,
+        error=_error(audit) if state is AuditState.FAILED else None,
+        links=_links(audit.id, state),
+    )
+
+
+def _error(audit: Audit) -> answers.AuditError:
+    return answers.AuditError(
+        code=audit.error_code or "", message=audit.error_message or "", field=audit.error_field
+    )
+
+
+def _results(audit: Audit) -> answers.AuditResults:
+    summary = audit.summary
+    files = {
+        name: {**file, "href": audit_path(audit.id, f"suspects.{name}")}
+        for name, file in summary["files"].items()
+    }
+    names = answers.AuditResults.model_fields.keys() & summary.keys()
+    return answers.AuditResults.model_validate(
+        {**{name: summary[name] for name in names}, "files": files}
+    )
+
+
+def _links(audit_id: str, state: AuditState) -> dict[str, str]:
+    links = {"self": audit_path(audit_id)}
+    if not state.is_final:
+        links["cancel"] = audit_path(audit_id, "cancel")
+    if state is AuditState.SUCCEEDED:
+        for name in ("suspects", "layers", *(f"suspects.{name}" for name in FILE_FORMATS)):
+            links[name] = audit_path(audit_id, name)
+    return links
+
+
+def assemble_suspect(row: SuspectRow) -> answers.Suspect:
+    """Return one place of a ranking."""
+    ranked, sample = row
+    return answers.Suspect(**_suspect_fields(ranked, sample))
+
+
+def assemble_sample(
+    audit: Audit, row: SuspectRow, validation: Mapping[int, ValidationSample]
+) -> answers.SampleDetail:
+    """Return one training sample with the evidence.
+
+    Args:
+        audit: its audit; the summary names the layer groups.
+        row: its place in the ranking.
+        validation: the validation samples that the place names, by index.
+    """
+    ranked, sample = row
+
+    def related(indices: list[int], influences: list[float]) -> list[answers.RelatedSample]:
+        return [
+            _related(validation[index], influence)
+            for index, influence in zip(indices, influences, strict=True)
+        ]
+
+    standings = zip(
+        audit.summary["group_order"], ranked.group_scores, ranked.group_ranks, strict=True
+    )
+    return answers.SampleDetail(
+        **_suspect_fields(ranked, sample),
+        layer_groups=[
+            answers.GroupStanding(layer_group=group, score=score, rank=rank)
+            for group, score, rank in standings
+        ],
+        harms_most=related(ranked.harmed_validation, ranked.harmed_influence),
+        helps_most=related(ranked.helped_validation, ranked.helped_influence),
+        ranking_id=ranked.ranking_id,
+    )
+
+
+def assemble_layers(audit: Audit) -> answers.LayerTable:
+    """Return every computed configuration."""
+    summary = audit.summary
+    # JSONB forgets the order of keys; the groups have one, from the first layer to the last.
+    groups = {name: summary["layer_groups"][name] for name in summary["group_order"]}
+    return answers.LayerTable.model_validate(
+        {
+            "layer_groups": groups,
+            "data": summary["configurations"],
+        }
+    )
+
+
+def _suspect_fields(ranked: RankedSample, sample: TrainingSample) -> dict[str, Any]:
+    return {
+        "rank": ranked.rank,
+        "index": ranked.sample_index,
+        "text": sample.text,
+        "text_pair": sample.text_pair,
+        "given_label": sample.given_label,
+        "predicted_label": sample.predicted_label,
+        "predicted_probability": sample.predicted_probability,
+        "given_probability": sample.given_probability,
+        "loss": sample.loss,
+        "score": ranked.score,
+        "flagged": ranked.flagged,
+        "is_noisy": sample.is_noisy,
+    }
+
+
+def _related(sample: ValidationSample, influence: float) -> answers.RelatedSample:
+    return answers.RelatedSample(
+        index=sample.sample_index,
+        text=sample.text,
+        text_pair=sample.text_pair,
+        given_label=sample.given_label,
+        predicted_label=sample.predicted_label,
+        influence=influence,
+    )

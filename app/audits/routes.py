@@ -1,0 +1,307 @@
+"""HTTP: audits."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, BackgroundTasks, Header, Path, Query, Request, Response
+from pydantic import AwareDatetime
+from sqlalchemy.orm import Session
+
+from app.audits import answers, repository, service
+from app.audits.answers import SCORE_ORDER, FileFormat
+from app.audits.assemble import (
+    assemble_audit,
+    assemble_layers,
+    assemble_sample,
+    assemble_suspect,
+    audit_path,
+)
+from app.audits.downloads import MEDIA_TYPES, ranking_file
+from app.audits.models import Audit, AuditState
+from app.audits.schemas import AuditRequest, Reference
+from app.conditional import IfNoneMatch, entity_tag, is_unchanged
+from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep
+from app.errors import Conflict, InvalidRequest, NotFound, RangeNotSatisfiable, problem_responses
+from app.pagination import Cursor, Limit, Page, cut_page, decode_cursor, encode_cursor, link_next
+
+MAX_INDEX = 2**31 - 1
+MAX_SCORE = 3.4e38  # scores are 32-bit
+
+router = APIRouter(prefix="/v1/audits", tags=["audits"])
+results_router = APIRouter(prefix="/v1/audits", tags=["results"])
+
+AuditId = Annotated[str, Path(description="As POST /v1/audits answered it.")]
+Score = Annotated[float | None, Query(ge=-MAX_SCORE, le=MAX_SCORE, allow_inf_nan=False)]
+
+_RETRY_AFTER = {
+    "Retry-After": {
+        "description": "Seconds after which it makes sense to look; while it runs.",
+        "schema": {"type": "integer"},
+    }
+}
+_ETAG = {"ETag": {"description": "For If-None-Match.", "schema": {"type": "string"}}}
+_LOCATION = {"Location": {"description": "The audit.", "schema": {"type": "string"}}}
+_REPLAYED = {
+    "Idempotent-Replayed": {
+        "description": "true: an earlier call with this key made the audit.",
+        "schema": {"type": "string"},
+    }
+}
+_ORDER = {"Winnow-Score-Order": {"description": SCORE_ORDER, "schema": {"type": "string"}}}
+_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "Unchanged since the ETag."}}
+
+
+@router.post(
+    "",
+    status_code=202,
+    summary="Submit an audit",
+    responses={
+        202: {
+            "description": "Accepted for good: it is in the database.",
+            "headers": {**_LOCATION, **_RETRY_AFTER, **_REPLAYED},
+        },
+        **problem_responses(InvalidRequest, Conflict),
+    },
+)
+def submit_audit(
+    *,
+    body: AuditRequest,
+    response: Response,
+    background: BackgroundTasks,
+    engine: EngineDep,
+    settings: SettingsDep,
+    sender: SenderDep,
+    tenant: TenantDep,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=255,
+            description="For a day, the same key with the same body answers the same audit.",
+        ),
+    ] = None,
+) -> answers.Audit:
+    """Submit an audit of a training set; poll the Location until it is done.
+
+    An accepted audit is never lost: it survives restarts of every part of the service, and ends
+    as succeeded, failed or cancelled.
+    """
+    submission = service.submit(
+        engine, settings, tenant=tenant, request=body, idempotency_key=idempotency_key
+    )
+    if submission.unit_ids:
+        # After the answer, and apart from it: a dead or frozen broker delays no caller.
+        background.add_task(sender.send, submission.unit_ids)
+    if submission.is_replay:
+        response.headers["Idempotent-Replayed"] = "true"
+    response.headers["Location"] = audit_path(submission.audit.id)
+    _tell_state(response, submission.audit)
+    return assemble_audit(submission.audit)
+
+
+@router.get("", summary="List audits", responses=problem_responses(InvalidRequest))
+def list_audits(
+    *,
+    request: Request,
+    response: Response,
+    engine: EngineDep,
+    tenant: TenantDep,
+    state: AuditState | None = None,
+    model: Annotated[Reference | None, Query(description="The model's reference.")] = None,
+    dataset: Annotated[Reference | None, Query(description="The training set's.")] = None,
+    created_after: Annotated[AwareDatetime | None, Query(description="From this time on.")] = None,
+    created_before: Annotated[AwareDatetime | None, Query(description="Before this time.")] = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> Page[answers.Audit]:
+    """List your audits, the newest first."""
+    with Session(engine) as session:
+        rows = repository.list_audits(
+            session,
+            tenant,
+            limit=limit,
+            before_id=decode_cursor(cursor, str) if cursor else None,
+            state=state,
+            model=model,
+            dataset=dataset,
+            created_after=created_after,
+            created_before=created_before,
+        )
+    rows, has_more = cut_page(rows, limit)
+    next_cursor = encode_cursor(rows[-1].id) if has_more else None
+    link_next(request, response, next_cursor)
+    return Page(
+        data=[assemble_audit(row) for row in rows], next_cursor=next_cursor, has_more=has_more
+    )
+
+
+@router.get(
+    "/{audit_id}",
+    summary="Get an audit",
+    response_model=answers.Audit,
+    responses={
+        200: {"headers": {**_ETAG, **_RETRY_AFTER}},
+        **_NOT_MODIFIED,
+        **problem_responses(NotFound),
+    },
+)
+def get_audit(
+    response: Response,
+    engine: EngineDep,
+    tenant: TenantDep,
+    audit_id: AuditId,
+    if_none_match: IfNoneMatch = None,
+) -> answers.Audit | Response:
+    """Get an audit and where it stands: state, progress, time left, results or error."""
+    audit = service.get_audit(engine, tenant=tenant, audit_id=audit_id)
+    _tell_state(response, audit)
+    if is_unchanged(if_none_match, response.headers["ETag"]):
+        return Response(status_code=304, headers=dict(response.headers))
+    return assemble_audit(audit)
+
+
+@router.post(
+    "/{audit_id}/cancel",
+    status_code=202,
+    summary="Cancel an audit",
+    responses=problem_responses(NotFound, Conflict),
+)
+def cancel_audit(
+    response: Response, engine: EngineDep, tenant: TenantDep, audit_id: AuditId
+) -> answers.Audit:
+    """Ask an audit to end; it does within seconds. Asking again changes nothing."""
+    audit = service.cancel(engine, tenant=tenant, audit_id=audit_id)
+    response.headers["Location"] = audit_path(audit.id)
+    _tell_state(response, audit)
+    return assemble_audit(audit)
+
+
+@router.delete(
+    "/{audit_id}",
+    status_code=204,
+    summary="Delete an audit",
+    responses=problem_responses(NotFound, Conflict),
+)
+def delete_audit(
+    engine: EngineDep, settings: SettingsDep, tenant: TenantDep, audit_id: AuditId
+) -> None:
+    """Remove an ended audit with its ranking and files."""
+    service.delete(engine, settings, tenant=tenant, audit_id=audit_id)
+
+
+@results_router.get(
+    "/{audit_id}/suspects",
+    summary="Page through the ranking",
+    responses=problem_responses(NotFound, Conflict, InvalidRequest),
+)
+def list_suspects(
+    *,
+    request: Request,
+    response: Response,
+    engine: EngineDep,
+    tenant: TenantDep,
+    audit_id: AuditId,
+    flagged: Annotated[bool | None, Query(description="Only flagged, or only others.")] = None,
+    label: Annotated[
+        str | None, Query(max_length=200, description="Only samples with this given label.")
+    ] = None,
+    min_score: Score = None,
+    max_score: Score = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> answers.SuspectPage:
+    """Page through the training samples, the most suspect first: the lowest score is suspect."""
+    after_rank = decode_cursor(cursor, int) if cursor else None
+    with Session(engine) as session:
+        results = service.results_of(session, tenant=tenant, audit_id=audit_id)
+        rows = repository.list_suspects(
+            session,
+            results.ranking,
+            limit=limit,
+            after_rank=after_rank,
+            flagged=flagged,
+            label=label,
+            min_score=min_score,
+            max_score=max_score,
+        )
+    page, has_more = cut_page([assemble_suspect(row) for row in rows], limit)
+    next_cursor = encode_cursor(page[-1].rank) if has_more else None
+    link_next(request, response, next_cursor)
+    return answers.SuspectPage(
+        data=page, next_cursor=next_cursor, has_more=has_more, ranking_id=results.ranking.id
+    )
+
+
+@results_router.head("/{audit_id}/suspects.{file_format}", include_in_schema=False)
+@results_router.get(
+    "/{audit_id}/suspects.{file_format}",
+    summary="Download the ranking",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "The whole ranking, the most suspect first.",
+            "headers": {**_ETAG, **_ORDER},
+            "content": {kind: {} for kind in MEDIA_TYPES.values()},
+        },
+        206: {"description": "The part that the Range header asked for."},
+        **_NOT_MODIFIED,
+        **problem_responses(NotFound, Conflict, RangeNotSatisfiable),
+    },
+)
+def download_suspects(
+    *,
+    engine: EngineDep,
+    settings: SettingsDep,
+    tenant: TenantDep,
+    audit_id: AuditId,
+    file_format: FileFormat,
+    if_none_match: IfNoneMatch = None,
+    requested_range: Annotated[
+        str | None, Header(alias="Range", max_length=2000, description="bytes=first-last")
+    ] = None,
+) -> Response:
+    """Download the whole ranking as one file; the ETag is its SHA-256."""
+    with Session(engine) as session:
+        audit = service.results_of(session, tenant=tenant, audit_id=audit_id).audit
+    return ranking_file(
+        service.audit_folder(settings, audit_id),
+        audit,
+        file_format,
+        if_none_match=if_none_match,
+        requested_range=requested_range,
+    )
+
+
+@results_router.get(
+    "/{audit_id}/samples/{index}",
+    summary="Explain one training sample",
+    responses=problem_responses(NotFound, Conflict),
+)
+def get_sample(
+    engine: EngineDep,
+    tenant: TenantDep,
+    audit_id: AuditId,
+    index: Annotated[int, Path(ge=0, le=MAX_INDEX, description="Row of the training file.")],
+) -> answers.SampleDetail:
+    """Get one training sample with its standing by layer group and whom it harms and helps."""
+    with Session(engine) as session:
+        results = service.results_of(session, tenant=tenant, audit_id=audit_id)
+        row, validation = results.sample(index)
+        return assemble_sample(results.audit, row, validation)
+
+
+@results_router.get(
+    "/{audit_id}/layers",
+    summary="Compare layers, estimators and aggregations",
+    responses=problem_responses(NotFound, Conflict),
+)
+def get_layers(engine: EngineDep, tenant: TenantDep, audit_id: AuditId) -> answers.LayerTable:
+    """Get every computed configuration, with its detection where the noise is known."""
+    with Session(engine) as session:
+        audit = service.results_of(session, tenant=tenant, audit_id=audit_id).audit
+    return assemble_layers(audit)
+
+
+def _tell_state(response: Response, audit: Audit) -> None:
+    response.headers["ETag"] = entity_tag(str(audit.version))
+    if not AuditState(audit.state).is_final:
+        response.headers["Retry-After"] = str(service.retry_after(audit))

@@ -1,0 +1,225 @@
+"""Audits: submit, look at, cancel, remove."""
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from app.audits import repository
+from app.audits.checks import check_request, missing_upload, uploads_of
+from app.audits.idempotency import body_digest, claim_key, find_first_answer
+from app.audits.models import Audit, AuditState, Ranking, ValidationSample
+from app.audits.repository import SuspectRow
+from app.audits.schemas import AuditRequest
+from app.datasets.repository import keep_datasets
+from app.db import new_id, transaction
+from app.errors import AppError, Conflict, NotFound
+from app.settings import Settings
+from app.work.models import Stage
+from app.work.repository import add_units, enter_state, request_cancel
+
+QUEUED_RETRY_SECONDS = 2
+RUNNING_RETRY_SECONDS = (5, 15)
+POLLS_PER_AUDIT = 10
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Submission:
+    """An accepted audit.
+
+    Attributes:
+        unit_ids: units that are ready to be sent.
+        is_replay: whether an earlier call with the same key made the audit.
+    """
+
+    audit: Audit
+    unit_ids: list[str]
+    is_replay: bool
+
+
+def submit(
+    engine: Engine,
+    settings: Settings,
+    *,
+    tenant: str,
+    request: AuditRequest,
+    idempotency_key: str | None,
+) -> Submission:
+    """Accept an audit: its row, its first unit of work and its key in one transaction.
+
+    Raises:
+        InvalidRequest: the field that is wrong, or a key that came with another body.
+        Conflict: the key's audit was deleted.
+    """
+    digest = body_digest(request)
+    if idempotency_key is not None:
+        with Session(engine, expire_on_commit=False) as session:
+            first = find_first_answer(session, tenant=tenant, key=idempotency_key, digest=digest)
+        if first is not None:
+            return Submission(first, [], is_replay=True)
+    checked = check_request(engine, settings, tenant=tenant, request=request)
+    audit = Audit(
+        id=new_id("aud"),
+        tenant=tenant,
+        request=checked.stored(),
+        metadata_=checked.metadata,
+        state_times={},
+        version=0,
+    )
+    enter_state(audit, AuditState.QUEUED)
+    with transaction(engine) as session:
+        if idempotency_key is not None and not claim_key(
+            session, tenant=tenant, key=idempotency_key, digest=digest, audit_id=audit.id
+        ):
+            first = find_first_answer(session, tenant=tenant, key=idempotency_key, digest=digest)
+            if first is not None:
+                return Submission(first, [], is_replay=True)
+        _keep_uploads(session, tenant, checked)
+        session.add(audit)
+        session.flush()
+        unit_ids = add_units(session, audit.id, Stage.PREPARE)
+    log.info("audit_accepted", audit_id=audit.id, tenant=tenant)
+    return Submission(audit, unit_ids, is_replay=False)
+
+
+def _keep_uploads(session: Session, tenant: str, request: AuditRequest) -> None:
+    """Hold the uploads until the audit is committed; from then on it protects them itself."""
+    pointer_of = uploads_of(request)
+    kept = keep_datasets(session, tenant, pointer_of.keys())
+    for dataset_id, pointer in pointer_of.items():
+        if dataset_id not in kept:
+            raise missing_upload(pointer, dataset_id)
+
+
+def get_audit(engine: Engine, *, tenant: str, audit_id: str) -> Audit:
+    """Return a tenant's audit.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+    """
+    with Session(engine) as session:
+        return _existing(repository.find_audit(session, tenant, audit_id), audit_id)
+
+
+def cancel(engine: Engine, *, tenant: str, audit_id: str) -> Audit:
+    """Ask for an audit's end; asking again changes nothing.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+        Conflict: it has ended otherwise.
+    """
+    with transaction(engine) as session:
+        audit = _existing(repository.find_audit(session, tenant, audit_id, lock=True), audit_id)
+        state = AuditState(audit.state)
+        if state in {AuditState.SUCCEEDED, AuditState.FAILED}:
+            raise Conflict(
+                f"The audit has {state.value} and cannot be cancelled any more.", state=state.value
+            )
+        if state is not AuditState.CANCELLED:
+            request_cancel(session, audit)
+            session.flush()
+            session.refresh(audit)
+            log.info("cancel_requested", audit_id=audit.id)
+        return audit
+
+
+def delete(engine: Engine, settings: Settings, *, tenant: str, audit_id: str) -> None:
+    """Remove an ended audit with its results and files.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+        Conflict: it has not ended.
+    """
+    with transaction(engine) as session:
+        audit = _existing(repository.find_audit(session, tenant, audit_id, lock=True), audit_id)
+        if not AuditState(audit.state).is_final:
+            raise Conflict(
+                f"The audit is {audit.state}. Cancel it and wait for its end, then delete it.",
+                state=audit.state,
+                headers={"Retry-After": str(retry_after(audit))},
+            )
+        session.delete(audit)
+    shutil.rmtree(audit_folder(settings, audit_id), ignore_errors=True)
+    log.info("audit_deleted", audit_id=audit_id)
+
+
+def audit_folder(settings: Settings, audit_id: str) -> Path:
+    """Return where an audit's files lie."""
+    return settings.data_dir / "audits" / audit_id
+
+
+def retry_after(audit: Audit) -> int:
+    """Return after how many seconds it makes sense to look again."""
+    if audit.state == AuditState.QUEUED:
+        return QUEUED_RETRY_SECONDS
+    least, most = RUNNING_RETRY_SECONDS
+    if audit.eta_seconds is None:
+        return least
+    soon_over = 1 + math.ceil(audit.eta_seconds)
+    return min(soon_over, most, max(least, math.ceil(audit.eta_seconds / POLLS_PER_AUDIT)))
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished audit with its ranking, inside the session that reads on."""
+
+    session: Session
+    audit: Audit
+    ranking: Ranking
+
+    def sample(self, index: int) -> tuple[SuspectRow, dict[int, ValidationSample]]:
+        """Return a training sample's place and the validation samples that it names.
+
+        Raises:
+            NotFound: the training set has no such row.
+        """
+        row = repository.find_sample(self.session, self.ranking, index)
+        if row is None:
+            raise NotFound(
+                f"The training set has no sample {index}; it has {self.audit.num_train}, "
+                "counted from 0."
+            )
+        named = [*row[0].harmed_validation, *row[0].helped_validation]
+        return row, repository.validation_samples(self.session, self.audit.id, named)
+
+
+def results_of(session: Session, *, tenant: str, audit_id: str) -> Results:
+    """Return what a finished audit found.
+
+    Raises:
+        NotFound: there is no such audit, or it is another tenant's.
+        Conflict: it has no results: it has not ended yet, failed or was cancelled.
+    """
+    audit = _existing(repository.find_audit(session, tenant, audit_id), audit_id)
+    if audit.state != AuditState.SUCCEEDED:
+        raise _no_results(audit)
+    return Results(session, audit, repository.ranking_of(session, tenant, audit_id))
+
+
+def _no_results(audit: Audit) -> AppError:
+    state = AuditState(audit.state)
+    if state is AuditState.FAILED:
+        return Conflict(
+            f"The audit failed and has no results: {audit.error_message}",
+            state=state.value,
+            code=audit.error_code,
+        )
+    if state is AuditState.CANCELLED:
+        return Conflict("The audit was cancelled and has no results.", state=state.value)
+    return Conflict(
+        f"The audit is {state.value} and has no results yet ({audit.progress:.0%} done).",
+        state=state.value,
+        headers={"Retry-After": str(retry_after(audit))},
+    )
+
+
+def _existing(audit: Audit | None, audit_id: str) -> Audit:
+    if audit is None:
+        raise NotFound(f"There is no audit {audit_id!r}.")
+    return audit

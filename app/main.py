@@ -1,0 +1,95 @@
+"""The API as an ASGI application."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from celery import Celery
+from fastapi import FastAPI
+from sqlalchemy import Engine
+
+import app.tables  # noqa: F401  registers every table
+from app import catalogue_routes, health
+from app.audits import routes as audit_routes
+from app.datasets import routes as dataset_routes
+from app.db import make_engine
+from app.errors import InvalidRequest, NotAuthenticated, install_error_handlers, problem_responses
+from app.jobs import Sender, make_celery
+from app.middleware import BodyLimit, LoopbackOnly, RequestContext
+from app.settings import Settings
+from app.version import VERSION
+from app.work.reconciler import Reconciler
+
+DESCRIPTION = """\
+Winnow audits the training data of language models: it measures how each training sample
+influenced a fine-tuned model's behaviour on a trusted validation set, layer by layer, and ranks
+the samples that most likely carry a wrong label.
+
+1. `POST /v1/datasets`: upload the training set and a small validation set.
+2. `POST /v1/audits`: name the model and both sets; the answer's `Location` is the audit.
+3. `GET` it until `done`; `Retry-After` says when to look again.
+4. `GET /v1/audits/{id}/suspects`: the ranking, the most suspect first.
+
+Positive influence is helpful; **the lowest score is the most suspect**, everywhere. Every error is
+a problem document (RFC 9457) whose `detail` says what to change.
+"""
+
+TAGS = [
+    {"name": "audits", "description": "Submit an audit and follow it."},
+    {"name": "results", "description": "What a finished audit found; the lowest score is suspect."},
+    {"name": "datasets", "description": "Upload labelled texts once, use them in many audits."},
+    {"name": "catalogue", "description": "What this server can compute."},
+    {"name": "health", "description": "For load balancers and operators."},
+]
+
+
+def create_app(
+    settings: Settings, engine: Engine | None = None, celery: Celery | None = None
+) -> FastAPI:
+    """Return the application.
+
+    Args:
+        settings: of this process.
+        engine: the database; by default its own, from the settings.
+        celery: the queue; by default its own, from the settings.
+    """
+    the_engine = engine or make_engine(settings.require_database_url())
+    the_celery = celery or make_celery(settings)
+
+    @asynccontextmanager
+    async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
+        reconciler = Reconciler(the_engine, the_celery, settings)
+        reconciler.start()
+        try:
+            yield
+        finally:
+            reconciler.stop()
+            if engine is None:
+                the_engine.dispose()
+
+    api = FastAPI(
+        title="Winnow",
+        version=VERSION,
+        summary="Find the training samples that harm a language model.",
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        lifespan=lifespan,
+    )
+    api.state.settings = settings
+    api.state.engine = the_engine
+    api.state.celery = the_celery
+    api.state.sender = Sender(the_engine, the_celery)
+    api.include_router(health.router)
+    for router in (
+        audit_routes.router,
+        audit_routes.results_router,
+        dataset_routes.router,
+        catalogue_routes.router,
+    ):
+        api.include_router(router, responses=problem_responses(NotAuthenticated, InvalidRequest))
+    # The last one added is the outermost.
+    api.add_middleware(BodyLimit, settings=settings)
+    if not settings.require_keys:
+        api.add_middleware(LoopbackOnly)
+    api.add_middleware(RequestContext)
+    install_error_handlers(api)
+    return api
