@@ -1,0 +1,100 @@
+"""What the service is asked, typed. What is left out is the service's default."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Request(BaseModel):
+    """Base of the requests: only what was set is sent, so the defaults are the service's own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON body."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class Columns(Request):
+    """Which columns of a dataset hold what; text and label by default."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    noise: str | None = None
+
+
+class ModelSource(Request):
+    """The model: file:///folder or hf://owner/name@revision, with an adapter where there is one."""
+
+    reference: str
+    adapter: str | None = None
+    target_modules: list[str] | None = None
+
+
+class DatasetSource(Request):
+    """A table of labelled texts.
+
+    The reference is upload:<id>, file:///path or
+    hf://datasets/owner/name@revision?config=…&split=….
+    """
+
+    reference: str
+    columns: Columns | None = None
+
+
+class FineTune(Request):
+    """LoRA fine-tuning of the base model on the training set, before the audit."""
+
+    method: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    target_modules: list[str] | None = None
+    epochs: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    warmup_fraction: float | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+
+
+class PlantNoise(Request):
+    """Wrong labels that the service plants itself, to measure how well they are found."""
+
+    fraction: float | None = None
+    seed: int | None = None
+
+
+class RankingSpecification(Request):
+    """Which influence makes the ranking."""
+
+    estimator: str | None = None
+    layers: str | None = None
+    aggregation: str | None = None
+    vote_fraction: float | None = None
+    correct_only: bool | None = None
+
+
+class Flag(Request):
+    """How many of the lowest-scored samples are flagged; exactly one of the two."""
+
+    fraction: float | None = None
+    count: int | None = None
+
+
+class AuditRequest(Request):
+    """Everything that decides an audit; README.md explains every option."""
+
+    model: ModelSource
+    train: DatasetSource
+    validation: DatasetSource
+    fine_tune: FineTune | None = None
+    plant_noise: PlantNoise | None = None
+    estimators: list[str] | None = None
+    ranking: RankingSpecification | None = None
+    flag: Flag | None = None
+    max_tokens: int | None = None
+    precision: str | None = None
+    seed: int | None = None
+    metadata: dict[str, str] | None = None

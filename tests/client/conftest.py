@@ -1,0 +1,96 @@
+"""Small services whose every answer the test decides, on loopback."""
+
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+
+class ScriptedService:
+    """Answers one call after the other as it was told, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.bodies: list[bytes] = []
+        self.url = ""
+        self._answers: list[Response] = []
+
+    def answers(self, *answers: Response) -> None:
+        """Give these answers next; the last one stands for all that follow."""
+        self._answers = list(answers)
+
+    async def handle(self, request: Request) -> Response:
+        self.requests.append(request)
+        self.bodies.append(await request.body())
+        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+
+
+@contextmanager
+def _serving(service: ScriptedService) -> Iterator[None]:
+    app = Starlette(routes=[Route("/{path:path}", service.handle, methods=["GET", "POST"])])
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off")
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            thread.join(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        service.url = f"http://127.0.0.1:{port}"
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def service() -> Iterator[ScriptedService]:
+    scripted = ScriptedService()
+    with _serving(scripted):
+        yield scripted
+
+
+class ForgetfulService(socketserver.ThreadingTCPServer):
+    """Reads every request to its end and hangs up without an answer."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _HangUp)
+        self.received: list[bytes] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _HangUp(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        assert isinstance(self.server, ForgetfulService)
+        self.request.settimeout(0.2)  # a pause of the client's means that it waits for the answer
+        received = b""
+        with suppress(TimeoutError):
+            while piece := self.request.recv(65536):
+                received += piece
+        self.server.received.append(received)
+
+
+@pytest.fixture
+def forgetful() -> Iterator[ForgetfulService]:
+    with ForgetfulService() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,87 @@
+"""The client's types say the same as the service's, and stand alone."""
+
+import subprocess
+import sys
+
+import pytest
+import winnow.requests
+import winnow.results
+from pydantic import BaseModel
+
+import app.audits.answers
+import app.audits.schemas
+import app.catalogue
+import app.datasets.files
+import app.datasets.schemas
+
+ANSWERS = [
+    (getattr(winnow.results, name), getattr(module, name))
+    for name, module in {
+        "Audit": app.audits.answers,
+        "AuditError": app.audits.answers,
+        "AuditResults": app.audits.answers,
+        "ResultFile": app.audits.answers,
+        "Detection": app.audits.answers,
+        "LayerResult": app.audits.answers,
+        "LayerTable": app.audits.answers,
+        "Suspect": app.audits.answers,
+        "SampleDetail": app.audits.answers,
+        "GroupStanding": app.audits.answers,
+        "RelatedSample": app.audits.answers,
+        "Dataset": app.datasets.schemas,
+        "Estimator": app.catalogue,
+        "Aggregation": app.catalogue,
+        "AggregationParameter": app.catalogue,
+    }.items()
+]
+REQUESTS = [
+    (getattr(winnow.requests, name), getattr(app.audits.schemas, name))
+    for name in (
+        "AuditRequest",
+        "ModelSource",
+        "DatasetSource",
+        "FineTune",
+        "PlantNoise",
+        "RankingSpecification",
+        "Flag",
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("own", "of_service"),
+    [*ANSWERS, *REQUESTS, (winnow.requests.Columns, app.datasets.files.ColumnNames)],
+    ids=lambda kind: kind.__name__,
+)
+def test_client_and_service_name_the_same_fields(
+    own: type[BaseModel], of_service: type[BaseModel]
+) -> None:
+    assert own.model_fields.keys() == of_service.model_fields.keys()
+
+
+def test_what_is_not_said_is_not_sent() -> None:
+    """The service's defaults hold, also after they change."""
+    request = winnow.requests.AuditRequest(
+        model=winnow.requests.ModelSource(reference="file:///models/m"),
+        train=winnow.requests.DatasetSource(reference="upload:ds_1"),
+        validation=winnow.requests.DatasetSource(reference="upload:ds_2"),
+        fine_tune=winnow.requests.FineTune(epochs=2),
+    )
+    assert request.body() == {
+        "model": {"reference": "file:///models/m"},
+        "train": {"reference": "upload:ds_1"},
+        "validation": {"reference": "upload:ds_2"},
+        "fine_tune": {"epochs": 2},
+    }
+    app.audits.schemas.AuditRequest.model_validate(request.body())
+
+
+def test_the_client_needs_nothing_of_the_service() -> None:
+    """It imports in a process where the service's packages and its heavy libraries are blocked."""
+    program = """
+import sys
+blocked = ("app", "workers", "torch", "sqlalchemy", "celery", "fastapi", "pyarrow", "numpy")
+sys.modules.update(dict.fromkeys(blocked))
+import winnow, winnow.cli
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
