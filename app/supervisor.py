@@ -219,7 +219,7 @@ def _crew(
             )
         )
         for place, gpu in enumerate(_gpus_of_workers(settings, num_workers)):
-            crew.append(  # noqa: PERF401  each one that was started must be stopped
+            crew.append(
                 _Member(
                     f"worker-{place}",
                     [*python, "app", "worker"],
@@ -269,7 +269,9 @@ def _visible_gpus() -> list[str]:
     if tool is None:
         return []
     query = [tool, "--query-gpu=uuid", "--format=csv,noheader"]
-    listed = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+    listed = subprocess.run(  # noqa: S603  the query is ours
+        query, capture_output=True, text=True, check=False, timeout=30
+    )
     return listed.stdout.split() if listed.returncode == 0 else []
 
 

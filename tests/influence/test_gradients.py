@@ -125,8 +125,9 @@ def test_more_padding_changes_no_gradient(device: torch.device) -> None:
         {"rank_pattern": {"layer.0.attention.self.query": 2}},
         {"target_modules": ["query", "key", "value", "dense"], "modules_to_save": ["classifier"]},
         {"layers_to_transform": [1]},
+        {"num_layers": 1},
     ],
-    ids=["rslora", "dropout", "rank_pattern", "all_linear", "some_layers"],
+    ids=["rslora", "dropout", "rank_pattern", "all_linear", "some_layers", "one_block"],
 )
 def test_variations_of_lora_stay_exact(options: dict[str, Any], device: torch.device) -> None:
     model = tiny_adapted("bert", **options).to(device)

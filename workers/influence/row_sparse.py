@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 _DENSE_SHARE = 0.5
 
@@ -22,7 +21,14 @@ class _RowSparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(weight_OI)
-        return linear(x, weight_OI, bias_O)
+        # into a tensor of its own: autograd forbids writes in place to a view, which models do
+        result = x.new_empty(*x.shape[:-1], len(weight_OI))
+        result_NO = result.view(-1, len(weight_OI))
+        if bias_O is None:
+            torch.mm(x.flatten(0, -2), weight_OI.T, out=result_NO)
+        else:
+            torch.addmm(bias_O, x.flatten(0, -2), weight_OI.T, out=result_NO)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
@@ -45,5 +51,5 @@ def skip_zero_rows(block: nn.Module) -> None:
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
-    result: Tensor = _RowSparseLinear.apply(x, module.weight, module.bias)
+    result: Tensor = _RowSparseLinear.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
     return result

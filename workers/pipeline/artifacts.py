@@ -92,7 +92,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def write_json(path: Path, value: object) -> None:
     """Write JSON, whole or not at all."""
     with atomically(path) as temporary:
-        temporary.write_bytes(orjson.dumps(value, option=orjson.OPT_SORT_KEYS))
+        temporary.write_bytes(orjson.dumps(value))
 
 
 def read_json(path: Path) -> dict[str, object]:

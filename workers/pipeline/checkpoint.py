@@ -92,7 +92,7 @@ def load_checkpoint(
             optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(device) for key, value in moments.items()
             }
-    schedule.load_state_dict(state["schedule"])
+    schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
     for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate
     torch.set_rng_state(tensors["random/cpu"])

@@ -1,0 +1,128 @@
+"""What the verbs of the command line do."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr, ValidationError
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
+
+from app import supervisor
+from app.db import make_engine
+from app.embedded import DataDirectoryInUse, ServerDidNotStart, embedded_postgres
+from app.errors import NotFound
+from app.keys import service as keys
+from app.keys.models import ApiKey
+from app.keys.service import NewKey
+from app.migrate import migrate as upgrade
+from app.server import RefusedToStart, open_socket, run_api
+from app.settings import MissingSetting, Settings, get_settings
+
+EXPLAINED = (
+    DataDirectoryInUse,
+    MissingSetting,
+    NotFound,
+    OperationalError,
+    RefusedToStart,
+    ServerDidNotStart,
+    ValidationError,
+)
+
+
+def explain(error: Exception) -> str:
+    """Return one of the explained errors as a sentence."""
+    if isinstance(error, NotFound):
+        return f"{error.detail} `winnow keys list` shows those there are."
+    if isinstance(error, OperationalError):
+        return f"The database cannot be reached: {error.orig}"
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            f"WINNOW_{str(item['loc'][0]).upper()}: {item['msg']}" for item in error.errors()
+        )
+    return str(error)
+
+
+def serve(
+    *, host: str | None, port: int | None, data_dir: Path | None, num_workers: int | None
+) -> None:
+    """Run the whole service until it is told to stop."""
+    if num_workers != 0:
+        _require_torch()
+    supervisor.serve(_settings(host=host, port=port, data_dir=data_dir), num_workers=num_workers)
+
+
+def api(*, host: str | None, port: int | None) -> None:
+    """Run the API alone, with keys."""
+    settings = _settings(host=host, port=port, require_keys=True)
+    with open_socket(settings.host, settings.port) as listener:
+        run_api(settings, listener)
+
+
+def worker() -> int:
+    """Run one worker and return its exit code."""
+    _require_torch()
+    from workers.celery_app import run_worker  # noqa: PLC0415  the API is installed without it
+
+    return run_worker()
+
+
+def migrate() -> None:
+    """Bring the database to the current schema."""
+    engine = make_engine(get_settings().require_database_url())
+    upgrade(engine)
+    engine.dispose()
+
+
+def create_key(*, data_dir: Path | None, tenant: str, name: str, valid_days: int) -> NewKey:
+    """Make an API key."""
+    with _database(data_dir) as engine:
+        return keys.create_key(engine, tenant=tenant, name=name, valid_days=valid_days)
+
+
+def list_keys(*, data_dir: Path | None) -> list[ApiKey]:
+    """Return all keys."""
+    with _database(data_dir) as engine:
+        return keys.list_keys(engine)
+
+
+def revoke_key(key_id: str, *, data_dir: Path | None) -> None:
+    """End a key.
+
+    Raises:
+        NotFound: there is no such key.
+    """
+    with _database(data_dir) as engine:
+        keys.revoke_key(engine, key_id)
+
+
+def _require_torch() -> None:
+    if find_spec("torch") is None:
+        raise RefusedToStart(
+            "This installation has no torch, which workers need. Install the worker extra: "
+            "pip install 'winnow[worker]'"
+        )
+
+
+def _settings(**options: Any) -> Settings:  # noqa: ANN401
+    """Return the environment's settings with the options that were given on top."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if "data_dir" in given:
+        given["data_dir"] = given["data_dir"].absolute()
+    return get_settings().model_copy(update=given)
+
+
+@contextmanager
+def _database(data_dir: Path | None) -> Iterator[Engine]:
+    """Connect to the database of the settings, or else to the embedded one, running or not."""
+    settings = _settings(data_dir=data_dir)
+    with ExitStack() as stack:
+        if settings.database_url is None:
+            url = stack.enter_context(embedded_postgres(settings.data_dir))
+            settings = settings.model_copy(update={"database_url": SecretStr(url)})
+        engine = make_engine(settings.require_database_url())
+        stack.callback(engine.dispose)
+        upgrade(engine)
+        yield engine
