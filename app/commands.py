@@ -55,11 +55,16 @@ def api(*, host: Host = None, port: Port = None) -> None:
     verbs.api(host=host, port=port)
 
 
-def worker() -> None:
+def worker(
+    *,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say by the exit code whether one runs here.")
+    ] = False,
+) -> None:
     """Run one worker, on the GPU that it sees or else on the CPU."""
     from app import verbs  # noqa: PLC0415
 
-    raise typer.Exit(verbs.worker())
+    raise typer.Exit(verbs.check_worker() if check else verbs.worker())
 
 
 def migrate() -> None:

@@ -1,14 +1,17 @@
 """What the verbs of the command line do."""
 
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr, ValidationError
-from sqlalchemy import Engine
+from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from app import supervisor
 from app.db import make_engine
@@ -20,6 +23,7 @@ from app.keys.service import NewKey
 from app.migrate import migrate as upgrade
 from app.server import RefusedToStart, open_socket, run_api
 from app.settings import MissingSetting, Settings, get_settings
+from app.work.models import WorkerHeartbeat
 
 EXPLAINED = (
     DataDirectoryInUse,
@@ -67,6 +71,19 @@ def worker() -> int:
     from workers.celery_app import run_worker  # noqa: PLC0415  the API is installed without it
 
     return run_worker()
+
+
+def check_worker() -> int:
+    """Return 0 when a worker of this host gave a sign of life of late, else 1."""
+    settings = get_settings()
+    engine = make_engine(settings.require_database_url())
+    is_of_this_host = WorkerHeartbeat.name.startswith(f"{socket.gethostname()}:", autoescape=True)
+    age = timedelta(seconds=settings.worker_stale_seconds)
+    alive = select(WorkerHeartbeat.name).where(
+        is_of_this_host, WorkerHeartbeat.seen_at > func.now() - age
+    )
+    with Session(engine) as session:
+        return 0 if session.scalars(alive.limit(1)).first() else 1
 
 
 def migrate() -> None:
