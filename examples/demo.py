@@ -53,8 +53,7 @@ DATA_DIR = Path(".winnow-demo")
 OUTPUT_DIR = Path("winnow-demo")
 LOG_FILE = OUTPUT_DIR / "service.log"
 
-# METHOD: on a small encoder, votes make the choice of layers nearly harmless for DataInf.
-RANKING = RankingSpecification(estimator="datainf", layers="all", aggregation="vote")
+RANKING = RankingSpecification(estimator="grad_cosine", layers="all", aggregation="rank")
 ESTIMATORS = ["grad_dot", "grad_cosine", "datainf", "self_influence"]
 AGGREGATIONS = ["mean", "rank", "vote"]
 
