@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi_problem.error import Problem, StatusProblem
 from fastapi_problem.handler import ExceptionHandler, add_exception_handler, new_exception_handler
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
@@ -18,6 +19,28 @@ from starlette.responses import JSONResponse
 PROBLEM_TYPE = "urn:winnow:problem:{type}"
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class ProblemItem(BaseModel):
+    """One thing that is wrong with a request, and where."""
+
+    pointer: str = Field(
+        description="JSON pointer into the body (#/train/reference), or the parameter's name.",
+        examples=["#/train/reference"],
+    )
+    detail: str
+
+
+class ProblemDocument(BaseModel):
+    """What every error looks like (RFC 9457); docs/errors.md lists the types."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(description="Stable.", examples=["urn:winnow:problem:invalid-request"])
+    title: str
+    status: int
+    detail: str = Field(description="What happened this time and what to change.")
+    errors: list[ProblemItem] = Field([], description="The fields concerned, if it is about any.")
 
 
 class AppError(StatusProblem):
@@ -224,7 +247,26 @@ def install_error_handlers(app: FastAPI) -> None:
     for error_class in (OperationalError, PoolTimeout, DataError, OSError):
         app.add_exception_handler(error_class, handler)
 
+    _describe_problems(app)
+
     def internal_error(request: Request, error: Exception) -> Any:  # noqa: ANN401
         return handler(request, _internal_problem(handler, request, error))
 
     app.add_exception_handler(Exception, internal_error)
+
+
+def _describe_problems(app: FastAPI) -> None:
+    """Put our own schema of problems into the OpenAPI document, in place of the library's."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = described()
+        schemas = document["components"]["schemas"]
+        schemas.pop("HTTPValidationError", None)
+        reference = "#/components/schemas/{model}"
+        problem = ProblemDocument.model_json_schema(ref_template=reference)
+        schemas.update(problem.pop("$defs"))
+        schemas["Problem"] = problem
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend it

@@ -57,7 +57,7 @@ RANKING = RankingSpecification(estimator="grad_cosine", layers="all", aggregatio
 ESTIMATORS = ["grad_dot", "grad_cosine", "datainf", "self_influence"]
 AGGREGATIONS = ["mean", "rank", "vote"]
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 class DemoFailed(Exception):
