@@ -107,7 +107,7 @@ ESTIMATORS: dict[str, Estimator] = {
             "best on language models, with rank or vote.",
             has_layers=True,
             needs_curvature=True,
-            cost=1.3,
+            cost=1.2,
         ),
         Estimator(
             name=EstimatorName.SELF_INFLUENCE,

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import stamina.instrumentation
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from winnow import (
@@ -121,12 +122,13 @@ def run_audit(client: Client, started: float) -> None:
     console.print(comparison_table(table, audit.results.detection))
     saved = client.download(audit.id, OUTPUT_DIR / "suspects.parquet")
 
+    longest_first = sorted(audit.timings.items(), key=lambda timing: -timing[1])
     for warning in audit.results.warnings:
         console.print(f"Note: {warning}", style="yellow", markup=False)
     console.print(
         f"\nThe model agrees with {audit.results.validation_accuracy:.1%} of the trusted labels. "
         f"{time.monotonic() - started:.0f} s in all; stages: "
-        + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in audit.timings.items())
+        + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in longest_first)
         + f".\nThe whole ranking: {saved}, {audit.num_train:,} rows, lowest score first."
         f"\nTo look around at http://127.0.0.1:8000/docs: "
         f"WINNOW_DATA_DIR={DATA_DIR} .venv/bin/winnow serve",
@@ -182,19 +184,17 @@ def wait_with_progress(client: Client, audit: Audit) -> Audit:
 def suspect_table(suspects: Iterator[Suspect]) -> Table:
     """Return the most suspect samples."""
     table = Table(title=f"The {NUM_SHOWN} most suspect training samples", title_justify="left")
-    table.add_column("#", justify="right")
-    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
-    table.add_column("given")
-    table.add_column("model says")
-    table.add_column("score", justify="right")
-    table.add_column("planted", justify="center")
+    for heading in ("#", "text", "given", "model says", "score", "planted"):
+        table.add_column(heading, justify="right" if heading in "# score" else "left", no_wrap=True)
+    text_width = max(20, console.width - 56)  # what the other columns and the frame leave
     for suspect in suspects:
+        text = suspect.text
         table.add_row(
             str(suspect.rank + 1),
-            suspect.text.replace("[", r"\["),
+            escape(text if len(text) <= text_width else text[: text_width - 1] + "…"),
             suspect.given_label,
             f"{suspect.predicted_label} {suspect.predicted_probability:.0%}",
-            f"{suspect.score:,.4g}",
+            f"{suspect.score:#,.4g}",
             "yes" if suspect.is_noisy else "-",
             style=None if suspect.is_noisy else "dim",
         )
@@ -273,8 +273,10 @@ def auc_ndr(row: LayerResult) -> float:
 
 def name_of(row: LayerResult) -> str:
     """Return a configuration in words."""
-    parts = [row.estimator, row.layer_group, row.aggregation]
-    return ", ".join(part for part in parts if part) + (" -c" if row.correct_only else "")
+    if row.aggregation is None:
+        return row.estimator
+    suffix = " -c" if row.correct_only else ""
+    return f"{row.estimator}, {row.layer_group}, {row.aggregation}{suffix}"
 
 
 def name_of_ranking() -> str:

@@ -1,6 +1,8 @@
 """Make answers out of rows."""
 
 from collections.abc import Mapping
+from datetime import datetime
+from operator import itemgetter
 from typing import Any, get_args
 
 from app.audits import answers
@@ -29,7 +31,7 @@ def assemble_audit(audit: Audit) -> answers.Audit:
         eta_seconds=audit.eta_seconds,
         created_at=audit.created_at,
         finished_at=audit.finished_at,
-        state_times=audit.state_times,
+        state_times=_in_order(audit.state_times),
         cancel_requested_at=audit.cancel_requested_at,
         request=audit.request,
         metadata=audit.metadata_,
@@ -41,6 +43,12 @@ def assemble_audit(audit: Audit) -> answers.Audit:
         error=_error(audit) if state is AuditState.FAILED else None,
         links=_links(audit.id, state),
     )
+
+
+def _in_order(state_times: dict[str, str]) -> dict[AuditState, datetime]:
+    """Return when each state began, the first one first: JSONB forgets the order of keys."""
+    begun = {AuditState(name): datetime.fromisoformat(time) for name, time in state_times.items()}
+    return dict(sorted(begun.items(), key=itemgetter(1)))
 
 
 def _error(audit: Audit) -> answers.AuditError:

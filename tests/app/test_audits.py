@@ -39,7 +39,7 @@ class TestGet:
         assert 0 < body["progress"] < 1
         assert body["samples_per_second"] == 12.5
         assert 1 <= int(response.headers["Retry-After"]) <= 15
-        assert set(body["state_times"]) == {"queued", "preparing"}
+        assert list(body["state_times"]) == ["queued", "preparing"]
         assert body["links"]["cancel"] == f"/v1/audits/{audit.id}/cancel"
         assert body["results"] is body["error"] is None
 
@@ -132,25 +132,19 @@ class TestList:
     def test_pages_stay_whole_while_audits_come_and_go(
         self, client: TestClient, engine: Engine
     ) -> None:
-        """New audits appear before the first page; a deleted one leaves no gap and no double."""
+        """Audits that come between two pages shift nothing; one that goes leaves no gap."""
         made = [make_audit(engine).id for _ in range(7)][::-1]
         seen: list[str] = []
-        url: str | None = "/v1/audits?limit=2"
+        url = "/v1/audits?limit=2"
         while url:
             response = client.get(url)
             page = response.json()
             seen += [audit["id"] for audit in page["data"]]
-            next_page = response.links.get("next")
-            assert page["has_more"] == (next_page is not None) == (page["next_cursor"] is not None)
-            url = next_page["url"] if next_page else None
+            url = response.links.get("next", {}).get("url", "")
+            assert page["has_more"] == bool(url) == (page["next_cursor"] is not None)
             make_audit(engine)
             with transaction(engine) as session:
-                session.delete(session.get_one(Audit, seen[0]))
-                seen[0] = made[0] = "deleted"
-            break_at_first = made.index(seen[-1])
-            assert seen == made[: break_at_first + 1]
-            seen = seen[1:]
-            made = made[1:]
+                session.delete(session.get_one(Audit, seen[-1]))  # where the cursor stands
         assert seen == made
 
     def test_a_made_up_cursor_is_refused(self, client: TestClient) -> None:

@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 
 class ScriptedService:
@@ -33,8 +34,8 @@ class ScriptedService:
 
 
 @contextmanager
-def _serving(service: ScriptedService) -> Iterator[None]:
-    app = Starlette(routes=[Route("/{path:path}", service.handle, methods=["GET", "POST"])])
+def serving(app: ASGIApp) -> Iterator[str]:
+    """Serve an application on loopback, in a thread; yield its address."""
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off")
     )
@@ -44,8 +45,7 @@ def _serving(service: ScriptedService) -> Iterator[None]:
         while not server.started:
             thread.join(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        service.url = f"http://127.0.0.1:{port}"
-        yield
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join()
@@ -54,7 +54,9 @@ def _serving(service: ScriptedService) -> Iterator[None]:
 @pytest.fixture
 def service() -> Iterator[ScriptedService]:
     scripted = ScriptedService()
-    with _serving(scripted):
+    app = Starlette(routes=[Route("/{path:path}", scripted.handle, methods=["GET", "POST"])])
+    with serving(app) as url:
+        scripted.url = url
         yield scripted
 
 

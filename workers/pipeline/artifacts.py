@@ -1,16 +1,25 @@
 """The files of one audit: where they are, and how they appear whole or not at all."""
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import orjson
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+_NUMPY_DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in (("F32", "<f4"), ("F64", "<f8"), ("I32", "<i4"), ("I64", "<i8"))
+}
 
 
 class Artifacts:
@@ -22,7 +31,6 @@ class Artifacts:
         self.validation = self.root / "prepared" / "validation.arrow"
         self.prepared = self.root / "prepared" / "prepared.json"
         self.checkpoint = self.root / "fine_tune" / "checkpoint.safetensors"
-        self.best = self.root / "fine_tune" / "best.safetensors"
         self.adapter = self.root / "fine_tune" / "adapter"
         self.validation_gradients = self.root / "validation" / "gradients.safetensors"
         self.validation_facts = self.root / "validation" / "facts.safetensors"
@@ -81,6 +89,46 @@ def write_tensors(
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomically(path) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+
+
+class TensorFile:
+    """Reads rows of the tensors in a safetensors file without mapping it into memory.
+
+    What is read through a mapping counts as the process's memory as long as the file stays mapped;
+    here only the rows do. Nothing stays open between reads: an audit may have more shards than a
+    process may have open files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # the format: length of the header, the header in JSON, the bytes of the tensors
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._header: dict[str, Any] = orjson.loads(file.read(length))
+        self._path = path
+        self._start = 8 + length
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return tuple(self._header[name]["shape"])
+
+    def rows(self, name: str, *indices: int, rows: slice = slice(None)) -> Tensor:
+        """Return `tensor[*indices, rows]`, a copy."""
+        shape = self.shape(name)
+        dtype = _NUMPY_DTYPES[self._header[name]["dtype"]]
+        start, stop, _ = rows.indices(shape[len(indices)])
+        first = 0
+        for index, size in zip((*indices, start), shape, strict=False):
+            first = first * size + index
+        inner = shape[len(indices) + 1 :]
+        values = np.fromfile(
+            self._path,
+            dtype=dtype,
+            count=(stop - start) * math.prod(inner),
+            offset=self._start
+            + self._header[name]["data_offsets"][0]
+            + first * math.prod(inner) * dtype.itemsize,
+        )
+        return torch.from_numpy(values).view(stop - start, *inner)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

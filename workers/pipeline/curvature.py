@@ -7,11 +7,10 @@ Shapes: V validation samples, B a block of training samples, d entries of one mo
 """
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from workers.influence.estimators import ESTIMATORS, CurvatureEstimator
-from workers.pipeline.artifacts import read_tensors, write_tensors
+from workers.pipeline.artifacts import TensorFile, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.gradients import stream_gradients
 from workers.pipeline.runtime import Runtime, load_runtime
@@ -63,6 +62,7 @@ def precondition(context: StageContext) -> StageOutput:
     artifacts = context.artifacts
     validation = runtime.validation_gradients(artifacts.validation_gradients)
     num_shards = context.provenance["num_shards"]
+    parts = [TensorFile(artifacts.curvature(shard)) for shard in range(num_shards)]
     queries: dict[str, Tensor] = {}
     for estimator in curvature_estimators(context):
         dampings = _dampings(context, runtime, estimator)
@@ -70,9 +70,8 @@ def precondition(context: StageContext) -> StageOutput:
             key = f"{estimator.name}/{module:05d}"
             context.hold.tick(module, len(validation))
             curvature_Vd = torch.zeros(validation_Vd.shape, dtype=torch.float64)
-            for shard in range(num_shards):
-                with safe_open(artifacts.curvature(shard), framework="pt") as file:
-                    curvature_Vd += file.get_tensor(key)
+            for part in parts:
+                curvature_Vd += part.rows(key)
             queries[key] = estimator.precondition(
                 validation_Vd=validation_Vd,
                 curvature_Vd=curvature_Vd.to(validation_Vd.device),
@@ -89,7 +88,7 @@ def _dampings(
     """Return the damping of every module, from the gradient lengths of ALL training samples."""
     total_M = torch.zeros(len(runtime.extractor.modules), dtype=torch.float64)
     for shard in range(context.provenance["num_shards"]):
-        total_M += read_tensors(context.artifacts.facts(shard))["squared_norm_sum"]
+        total_M += TensorFile(context.artifacts.facts(shard)).rows("squared_norm_sum")
     return [
         estimator.damping(
             mean_squared_norm=total / len(runtime.train), num_parameters=spec.num_parameters

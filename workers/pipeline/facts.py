@@ -21,8 +21,8 @@ class Facts:
             "squared_norm": torch.zeros(num_modules, num_samples),
         }
 
-    def put(self, positions: slice, sample: SampleGradients, label_B: Tensor) -> None:
-        """Keep what a batch told."""
+    def put(self, positions: slice | Tensor, sample: SampleGradients, label_B: Tensor) -> None:
+        """Keep what a batch told of the samples at some positions."""
         probability_BC = sample.logits_BC.softmax(dim=1)
         predicted = probability_BC.max(dim=1)
         given_B = probability_BC.gather(1, label_B.to(probability_BC.device)[:, None])[:, 0]

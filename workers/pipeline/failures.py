@@ -9,6 +9,8 @@ from workers.influence.errors import InfluenceError
 from workers.sources.errors import SourceError
 
 INTERNAL_ERROR = "internal_error"
+# which of two datasets an error is about, only the stage that read them knows
+_FIELDS_OF_SOURCES = {"model": "model.reference", "adapter": "model.adapter"}
 
 
 class AuditRefused(Exception):
@@ -18,11 +20,15 @@ class AuditRefused(Exception):
         code: stable, for programs.
         message: what to change, for people.
         field: the field of the request, dotted.
+        transient: whether trying again later can help.
     """
 
-    def __init__(self, code: str, message: str, *, field: str | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, *, field: str | None = None, transient: bool = False
+    ) -> None:
         super().__init__(message)
         self.failure = Failure(code, message, field)
+        self.transient = transient
 
 
 def failure_of(error: Exception) -> Failure:
@@ -31,7 +37,7 @@ def failure_of(error: Exception) -> Failure:
         case AuditRefused():
             return error.failure
         case SourceError() | DatasetError():
-            return Failure(error.code, error.message, error.field)
+            return Failure(error.code, error.message, _FIELDS_OF_SOURCES.get(error.field or ""))
         case InvalidReference():
             return Failure("invalid_reference", str(error))
         case InfluenceError():
@@ -39,8 +45,9 @@ def failure_of(error: Exception) -> Failure:
         case _ if is_out_of_memory(error):
             return Failure(
                 "out_of_memory",
-                "The worker ran out of memory with the smallest batch. Lower max_tokens, use "
-                "fewer validation samples or target modules, or a worker with more memory.",
+                "The worker ran out of memory with the smallest batch. Lower max_tokens or "
+                "fine_tune.batch_size, use fewer validation samples or target modules, or a "
+                "worker with more memory.",
                 "max_tokens",
             )
         case _:
@@ -50,9 +57,9 @@ def failure_of(error: Exception) -> Failure:
 def is_worth_retrying(error: Exception) -> bool:
     """Return whether time can heal an error: what is wrong with the request stays wrong."""
     match error:
-        case SourceError():
+        case SourceError() | AuditRefused():
             return error.transient
-        case AuditRefused() | DatasetError() | InvalidReference() | InfluenceError():
+        case DatasetError() | InvalidReference() | InfluenceError():
             return False
         case _:
             return not is_out_of_memory(error)

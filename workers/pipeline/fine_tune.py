@@ -4,7 +4,10 @@ A plain loop and not Transformers' Trainer: Trainer's checkpoints appear file by
 can leave half of one, and it reads them back through pickle. This one resumes to the bit.
 """
 
+import math
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -17,8 +20,14 @@ from app.audits.schemas import FineTune
 from workers.device import choose_device, device_name
 from workers.influence.batching import token_budget_batches
 from workers.influence.errors import NoTrackedModules
-from workers.pipeline.artifacts import read_tensors, write_tensors
-from workers.pipeline.checkpoint import Position, load_checkpoint, save_checkpoint, trainable
+from workers.pipeline.artifacts import atomically
+from workers.pipeline.checkpoint import (
+    Position,
+    load_checkpoint,
+    load_trainable,
+    save_checkpoint,
+    trainable,
+)
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.prepare import Prepared
@@ -58,7 +67,8 @@ def fine_tune(context: StageContext) -> StageOutput:
     device = choose_device(context.settings.device)
     prepared = Prepared.read(artifacts.prepared)
     train, validation = SampleSet(artifacts.train), SampleSet(artifacts.validation)
-    model = _adapted(prepared, options).to(device)
+    with context.hold.silence():
+        model = _adapted(prepared, options).to(device)
     optimizer = AdamW(
         trainable(model).values(), lr=options.learning_rate, weight_decay=options.weight_decay
     )
@@ -83,13 +93,7 @@ def fine_tune(context: StageContext) -> StageOutput:
         for indices in _epoch_batches(train.length_T, options, epoch=epoch)[step_in_epoch:]:
             context.hold.tick(position.step * options.batch_size, num_steps * options.batch_size)
             loss = run(train, indices).mean()
-            if not bool(torch.isfinite(loss)):
-                raise AuditRefused(
-                    "diverged",
-                    f"The loss is not finite at step {position.step}. Lower "
-                    "fine_tune.learning_rate, or use precision float32.",
-                    field="fine_tune.learning_rate",
-                )
+            _check_finite(float(loss.detach()), position)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -101,8 +105,8 @@ def fine_tune(context: StageContext) -> StageOutput:
         _keep_if_best(context, position, model, validation, run)
         save_checkpoint(artifacts.checkpoint, position, **parts)
 
-    _load_trainable(model, read_tensors(artifacts.best))
-    model.save_pretrained(artifacts.adapter, safe_serialization=True)
+    load_trainable(model, position.best)
+    _save_adapter(model, artifacts.adapter)
     return StageOutput(
         result={"validation_losses": list(position.losses), "best_loss": position.best_loss},
         provenance={
@@ -114,7 +118,10 @@ def fine_tune(context: StageContext) -> StageOutput:
 
 def _adapted(prepared: Prepared, options: FineTune) -> PeftModel:
     base = load_model(prepared.model, labels=prepared.labels, new_head_seed=options.seed).model
-    targets = options.target_modules or query_and_value(base)
+    try:
+        targets = options.target_modules or query_and_value(base)
+    except NoTrackedModules as error:
+        raise AuditRefused(error.code, str(error), field="fine_tune.target_modules") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         try:
@@ -169,13 +176,29 @@ def _keep_if_best(
             total += float(run(validation, indices).double().sum())
             context.hold.keep_alive()
     loss = total / len(validation)
+    _check_finite(loss, position)
     position.losses = (*position.losses, loss)
     if position.best_loss is None or loss < position.best_loss:
         position.best_loss = loss
-        write_tensors(context.artifacts.best, trainable(model))
+        position.best = {
+            name: parameter.detach().clone() for name, parameter in trainable(model).items()
+        }
 
 
-def _load_trainable(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in trainable(model).items():
-            parameter.copy_(tensors[name])
+def _check_finite(loss: float, position: Position) -> None:
+    if not math.isfinite(loss):
+        raise AuditRefused(
+            "diverged",
+            f"The loss is not finite at step {position.step}. Lower fine_tune.learning_rate.",
+            field="fine_tune.learning_rate",
+        )
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter file by file, each of them whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=".adapter-") as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+        for path in sorted(Path(temporary).iterdir()):
+            with atomically(folder / path.name) as partial:
+                path.rename(partial)

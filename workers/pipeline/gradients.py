@@ -6,18 +6,15 @@ Shapes: M modules, V validation samples, T the shard's training samples, B a bat
 from collections.abc import Iterator
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from workers.influence.estimators import ESTIMATORS, DotEstimator
-from workers.pipeline.artifacts import write_tensors
+from workers.pipeline.artifacts import TensorFile, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.facts import Facts
 from workers.pipeline.memory import in_batches, plan_batches
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.validation import estimators_of
-
-ROWS_PER_READ = 256
 
 
 def compute_gradients(context: StageContext) -> StageOutput:
@@ -84,30 +81,43 @@ def stream_gradients(
 ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Yield a shard's gradients again, by positions in the shard, all modules [B, d].
 
-    They are read where they were kept, else computed again: the same numbers either way.
+    They are read where they were kept, else computed again. The blocks are the batches that were
+    planned when computing began, so that what is made of them depends neither on the shard that a
+    batch fell into nor on whether gradients were kept.
     """
     index_T = runtime.shard(context, shard)
+    length_T = runtime.train.length_T[index_T]
     path = context.artifacts.gradients(shard)
-    if path.exists():
-        with safe_open(path, framework="pt") as file:
-            slices = [file.get_slice(f"{i:05d}") for i in range(len(runtime.extractor.modules))]
-            for start in range(0, len(index_T), ROWS_PER_READ):
-                context.hold.tick(start, len(index_T))
-                positions = slice(start, min(start + ROWS_PER_READ, len(index_T)))
-                yield (
-                    positions,
-                    tuple(
-                        kept[positions.start : positions.stop].to(runtime.device) for kept in slices
-                    ),
-                )
-        return
+    kept = TensorFile(path) if path.exists() else None
     start = 0
-    lengths = runtime.train.length_T[index_T]
-    for batch in plan_batches(lengths, tokens_per_batch=runtime.tokens_per_batch):
+    for batch in plan_batches(length_T, tokens_per_batch=context.provenance["tokens_per_batch"]):
         context.hold.tick(start, len(index_T))
         positions = slice(start, start + len(batch))
-        yield (
-            positions,
-            runtime.extract(runtime.train, index_T[positions], name="training").gradients,
-        )
-        start += len(batch)
+        if kept is not None:
+            yield (
+                positions,
+                tuple(
+                    kept.rows(f"{module:05d}", rows=positions).to(runtime.device)
+                    for module in range(len(runtime.extractor.modules))
+                ),
+            )
+        else:
+            yield positions, _compute_again(context, runtime, index_T[positions])
+        start = positions.stop
+
+
+def _compute_again(context: StageContext, runtime: Runtime, index_B: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients [B, d] of one batch; it is cut where memory is shorter than planned."""
+    parts: list[tuple[Tensor, ...]] = []
+
+    def work(_: slice, indices: Tensor) -> None:
+        context.hold.keep_alive()
+        parts.append(runtime.extract(runtime.train, indices, name="training").gradients)
+
+    runtime.tokens_per_batch = in_batches(
+        index_B,
+        runtime.train.length_T[index_B],
+        tokens_per_batch=runtime.tokens_per_batch,
+        work=work,
+    )
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))

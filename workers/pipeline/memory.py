@@ -119,16 +119,24 @@ def in_batches(
     """
     start = 0
     while start < len(index_N):
-        (first, *_) = plan_batches(length_N[start:], tokens_per_batch=tokens_per_batch)
-        stop = start + len(first)
+        stop = start + _first_batch(length_N[start:], tokens_per_batch=tokens_per_batch)
         try:
             work(slice(start, stop), index_N[start:stop])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or stop - start == 1:
                 raise
-            tokens_per_batch = max(MIN_TOKENS_PER_BATCH, tokens_per_batch // 2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # what the failed batch held is in torch's own cache
+            # below MIN_TOKENS_PER_BATCH too: in the end a batch is one sample
+            tokens_per_batch = max(1, tokens_per_batch // 2)
         else:
             start = stop
+            continue
+        # only here, after the error, is nothing of the failed batch held any more
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return tokens_per_batch
+
+
+def _first_batch(length_N: Tensor, *, tokens_per_batch: int) -> int:
+    """Return the size of the first batch that `plan_batches` would cut."""
+    length_N = length_N[:MAX_SAMPLES_PER_BATCH]
+    return len(plan_batches(length_N, tokens_per_batch=tokens_per_batch)[0])

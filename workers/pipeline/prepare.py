@@ -3,6 +3,7 @@
 Afterwards the audit needs neither the network nor the caller's files any more.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from workers.pipeline.failures import AuditRefused
 from workers.pipeline.samples import SCHEMA, write_samples
 from workers.sources.datasets import ResolvedDataset, resolve_dataset
 from workers.sources.errors import SourceError
-from workers.sources.loading import load_tokenizer, match_labels
+from workers.sources.loading import load_tokenizer, longest_input, match_labels
 from workers.sources.models import ResolvedModel, resolve_model
 
 ROWS_PER_TOKENIZER_CALL = 512
@@ -108,16 +109,19 @@ def prepare(context: StageContext) -> StageOutput:
     label_V = torch.tensor([class_of[label] for label in validation_labels])
 
     tokenizer = load_tokenizer(model)
+    max_tokens = min(
+        context.request.max_tokens, tokenizer.model_max_length, longest_input(model) or sys.maxsize
+    )
     total = len(label_T) + len(label_V)
     artifacts = context.artifacts
     write_samples(
         artifacts.train,
-        _tokenised(context, train, tokenizer, label_T, is_noisy_T),
+        _tokenised(context, train, tokenizer, label_T, is_noisy_T, max_tokens=max_tokens),
         tick=lambda done: context.hold.tick(done, total),
     )
     write_samples(
         artifacts.validation,
-        _tokenised(context, validation, tokenizer, label_V, None),
+        _tokenised(context, validation, tokenizer, label_V, None, max_tokens=max_tokens),
         tick=lambda done: context.hold.tick(len(label_T) + done, total),
     )
     pad_id = tokenizer.pad_token_id
@@ -143,19 +147,13 @@ def _versions() -> dict[str, str]:
 
 def _resolve_model(context: StageContext) -> ResolvedModel:
     source = context.request.model
-    try:
-        return resolve_model(
-            parse_model_reference(source.reference),
-            adapter=parse_model_reference(source.adapter) if source.adapter else None,
-            roots=context.settings.file_roots,
-            hub=context.hub,
-            cache_dir=context.cache_dir,
-        )
-    except SourceError as error:
-        if error.transient:
-            raise
-        field = "model.adapter" if error.field == "adapter" else "model.reference"
-        raise AuditRefused(error.code, error.message, field=field) from error
+    return resolve_model(
+        parse_model_reference(source.reference),
+        adapter=parse_model_reference(source.adapter) if source.adapter else None,
+        roots=context.settings.file_roots,
+        hub=context.hub,
+        cache_dir=context.cache_dir,
+    )
 
 
 def _resolve_table(context: StageContext, source: DatasetSource, *, field: str) -> _Table:
@@ -184,9 +182,9 @@ def _resolve_table(context: StageContext, source: DatasetSource, *, field: str) 
             max_bytes=context.settings.max_upload_bytes,
         )
     except SourceError as error:
-        if error.transient:
-            raise
-        raise AuditRefused(error.code, error.message, field=f"{field}.reference") from error
+        raise AuditRefused(
+            error.code, error.message, field=f"{field}.reference", transient=error.transient
+        ) from error
     columns = source.columns or ColumnNames()
     return _Table(resolved.path, resolved.format, columns, resolved.revision, field)
 
@@ -258,8 +256,9 @@ def _tokenised(
     tokenizer: PreTrainedTokenizerBase,
     label_N: Tensor,
     is_noisy_N: Tensor | None,
+    *,
+    max_tokens: int,
 ) -> Iterator[pa.RecordBatch]:
-    max_tokens = min(context.request.max_tokens, tokenizer.model_max_length)
     row = 0
     for batch in _batches(context, table):
         for start in range(0, batch.num_rows, ROWS_PER_TOKENIZER_CALL):

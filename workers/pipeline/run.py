@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
@@ -52,6 +53,8 @@ def run_stage(engine: Engine, settings: Settings, claim: Claim, hold: Hold) -> S
             provenance=audit.provenance,
             tenant=audit.tenant,
         )
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
     started = time.perf_counter()
     output = STAGES[claim.stage](context)
     return replace(output, stage=claim.stage.value, seconds=time.perf_counter() - started)

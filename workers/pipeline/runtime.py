@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workers.device import choose_device
-from workers.influence.errors import NonFiniteInfluence
+from workers.influence.errors import NonFiniteInfluence, NoTrackedModules, UnsupportedModule
 from workers.influence.gradients import GradientExtractor, SampleGradients
 from workers.pipeline.artifacts import read_tensors
 from workers.pipeline.context import StageContext
+from workers.pipeline.failures import AuditRefused
 from workers.pipeline.fine_tune import query_and_value
 from workers.pipeline.memory import plan_shards
 from workers.pipeline.prepare import Prepared
@@ -88,8 +89,6 @@ def load_runtime(context: StageContext) -> Runtime:
     if _loaded and _loaded[0].audit_id == audit_id:
         return _loaded[0]
     _loaded.clear()
-    if context.settings.torch_threads:
-        torch.set_num_threads(context.settings.torch_threads)
     artifacts = context.artifacts
     prepared = Prepared.read(artifacts.prepared)
     resolved = prepared.model
@@ -99,14 +98,7 @@ def load_runtime(context: StageContext) -> Runtime:
         loaded = load_model(resolved, labels=prepared.labels)
     model: Any = loaded.model
     config = model.config
-    targets = None
-    if resolved.adapter_path is None:
-        targets = context.request.model.target_modules or query_and_value(model)
-    extractor = GradientExtractor(
-        model.to(choose_device(context.settings.device)),
-        target_modules=targets,
-        dtype=DTYPES[context.request.precision],
-    )
+    extractor = _make_extractor(context, model, has_adapter=resolved.adapter_path is not None)
     runtime = Runtime(
         audit_id=audit_id,
         extractor=extractor,
@@ -121,3 +113,23 @@ def load_runtime(context: StageContext) -> Runtime:
     )
     _loaded.append(runtime)
     return runtime
+
+
+def _make_extractor(
+    context: StageContext, model: nn.Module, *, has_adapter: bool
+) -> GradientExtractor:
+    request = context.request
+    try:
+        targets = None
+        if not has_adapter:
+            targets = request.model.target_modules or query_and_value(model)
+        return GradientExtractor(
+            model.to(choose_device(context.settings.device)),
+            target_modules=targets,
+            dtype=DTYPES[request.precision],
+        )
+    except (NoTrackedModules, UnsupportedModule) as error:
+        field = "model.adapter" if request.model.adapter else "model.target_modules"
+        if request.fine_tune is not None:
+            field = "fine_tune.target_modules"
+        raise AuditRefused(error.code, str(error), field=field) from error

@@ -31,22 +31,24 @@ class SampleSet:
     """The samples of one prepared file, in the order of the user's file."""
 
     def __init__(self, path: Path) -> None:
-        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        lengths = pc.list_value_length(self._table["input_ids"])
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._batches = table.to_batches()
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        lengths = pc.list_value_length(table["input_ids"])
         self.length_T = torch.from_numpy(np.array(lengths, dtype=np.int64))
-        self.label_T = torch.from_numpy(np.array(self._table["label"], dtype=np.int64))
-        noisy = self._table["is_noisy"]
+        self.label_T = torch.from_numpy(np.array(table["label"], dtype=np.int64))
+        noisy = table["is_noisy"]
         self.is_noisy_T: Tensor | None = None
         if noisy.null_count == 0 and len(noisy):
             self.is_noisy_T = torch.from_numpy(np.array(noisy, dtype=bool))
-        self._has_segments = self._table["token_type_ids"].null_count == 0
+        self._has_segments = table["token_type_ids"].null_count == 0
 
     def __len__(self) -> int:
-        return int(self._table.num_rows)
+        return len(self.label_T)
 
     def texts(self, indices: Tensor) -> list[tuple[str, str | None]]:
         """Return text and second text of the samples at `indices`."""
-        rows = self._table.select(["text", "text_pair"]).take(pa.array(indices.numpy()))
+        rows = self._take(["text", "text_pair"], indices)
         return list(zip(rows["text"].to_pylist(), rows["text_pair"].to_pylist(), strict=True))
 
     def batch(
@@ -54,7 +56,7 @@ class SampleSet:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the model's inputs [B, S] and the classes [B] of the samples at `indices`."""
         names = ["input_ids", "token_type_ids"] if self._has_segments else ["input_ids"]
-        rows = self._table.select(names).take(pa.array(indices.numpy()))
+        rows = self._take(names, indices)
         inputs = collate(
             rows["input_ids"].to_pylist(),
             pad_id=pad_id,
@@ -62,6 +64,22 @@ class SampleSet:
             token_type_ids=rows["token_type_ids"].to_pylist() if self._has_segments else None,
         )
         return inputs, self.label_T[indices].to(device)
+
+    def _take(self, names: list[str], indices: Tensor) -> pa.Table:
+        """Return some columns of the rows at `indices`.
+
+        Record batch by record batch: pyarrow's own take on a whole column of lists or texts first
+        copies the column, for every batch anew.
+        """
+        row_B = indices.numpy()
+        number_B = np.searchsorted(self._starts, row_B, side="right") - 1
+        order_B = np.argsort(number_B, kind="stable")
+        numbers, firsts = np.unique(number_B[order_B], return_index=True)
+        parts = [
+            self._batches[number].select(names).take(pa.array(rows - self._starts[number]))
+            for number, rows in zip(numbers, np.split(row_B[order_B], firsts[1:]), strict=True)
+        ]
+        return pa.Table.from_batches(parts).take(pa.array(order_B.argsort()))
 
 
 def write_samples(

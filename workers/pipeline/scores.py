@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from app.audits.schemas import RankingSpecification
 from workers.influence.aggregation import AGGREGATIONS, GroupAggregator
 from workers.influence.estimators import ESTIMATORS, Baseline, SampleEstimator, SampleFacts
 from workers.influence.evaluation import auc_ndr, noise_detection_rate
-from workers.pipeline.artifacts import Artifacts, read_tensors
+from workers.pipeline.artifacts import Artifacts, TensorFile
 
 BLOCK_BYTES = 64 * 1024**2
 NUM_RELATED = 5
@@ -58,18 +57,25 @@ class TrainingFacts:
     """The shards' facts, joined in the order of the training file."""
 
     def __init__(self, artifacts: Artifacts, num_shards: int) -> None:
-        shards = [read_tensors(artifacts.facts(shard)) for shard in range(num_shards)]
-        self.shard_index = [shard["index"] for shard in shards]
+        files = [TensorFile(artifacts.facts(shard)) for shard in range(num_shards)]
+        self.shard_index = [file.rows("index") for file in files]
         back_T = torch.cat(self.shard_index).argsort()
 
         def join(name: str) -> Tensor:
-            return torch.cat([shard[name] for shard in shards], dim=-1)[..., back_T]
+            return torch.cat([file.rows(name) for file in files])[back_T]
 
         self.loss_T = join("loss")
         self.predicted_T = join("predicted")
         self.predicted_probability_T = join("predicted_probability")
         self.given_probability_T = join("given_probability")
-        self.squared_norm_MT = join("squared_norm")
+        self._back_T = back_T
+        self._files = files
+        self.num_modules = files[0].shape("squared_norm")[0]
+
+    def squared_norm_T(self, module: int) -> Tensor:
+        """Return the squared gradient lengths of one module; they are not held in memory."""
+        parts = [file.rows("squared_norm", module) for file in self._files]
+        return torch.cat(parts)[self._back_T]
 
     def __len__(self) -> int:
         return len(self.loss_T)
@@ -80,12 +86,11 @@ class InfluenceReader:
 
     def __init__(self, artifacts: Artifacts, estimator: str, shard_index: Sequence[Tensor]) -> None:
         self._shard_index = shard_index
-        self._slices = [
-            safe_open(artifacts.influence(estimator, shard), framework="pt").get_slice("influence")
-            for shard in range(len(shard_index))
+        self._files = [
+            TensorFile(artifacts.influence(estimator, shard)) for shard in range(len(shard_index))
         ]
         self.num_train = sum(len(index) for index in shard_index)
-        self.num_validation = int(self._slices[0].get_shape()[1])
+        self.num_validation = self._files[0].shape("influence")[1]
 
     def blocks(self) -> Iterator[slice]:
         """Yield the blocks of validation samples that keep memory bounded."""
@@ -96,8 +101,8 @@ class InfluenceReader:
     def read(self, module: int, validation: slice) -> Tensor:
         """Return influence_VT of one module on a block of validation samples."""
         influence_VT = torch.empty(validation.stop - validation.start, self.num_train)
-        for index, kept in zip(self._shard_index, self._slices, strict=True):
-            influence_VT[:, index] = kept[module, validation.start : validation.stop]
+        for index, file in zip(self._shard_index, self._files, strict=True):
+            influence_VT[:, index] = file.rows("influence", module, rows=validation)
         return influence_VT
 
 
@@ -162,7 +167,7 @@ def score_all(
             is_correct_V=is_correct_V if is_pairwise else torch.ones(1, dtype=torch.bool),
         )
         for module, validation, influence_VT in _influence(artifacts, facts, name):
-            tick(number * len(facts.squared_norm_MT) + module, _total(estimators, facts))
+            tick(number * facts.num_modules + module, _total(estimators, facts))
             aggregator.add(module=module, influence_VT=influence_VT, validation=validation)
         if aggregator.correct_only_fell_back and name == ranking.estimator:
             warnings.append(
@@ -178,7 +183,7 @@ def score_all(
 
 
 def _total(estimators: Sequence[str], facts: TrainingFacts) -> int:
-    return len(estimators) * len(facts.squared_norm_MT)
+    return len(estimators) * facts.num_modules
 
 
 def _influence(
@@ -187,11 +192,12 @@ def _influence(
     """Yield module, block of validation samples and influence_VT, module by module."""
     estimator = ESTIMATORS[name]
     if isinstance(estimator, SampleEstimator):
-        for module, squared_norm_T in enumerate(facts.squared_norm_MT):
-            yield module, slice(0, 1), estimator.influence(squared_norm_B=squared_norm_T)
+        for module in range(facts.num_modules):
+            influence_1T = estimator.influence(squared_norm_B=facts.squared_norm_T(module))
+            yield module, slice(0, 1), influence_1T
         return
     reader = InfluenceReader(artifacts, name, facts.shard_index)
-    for module in range(len(facts.squared_norm_MT)):
+    for module in range(facts.num_modules):
         for validation in reader.blocks():
             yield module, validation, reader.read(module, validation)
 

@@ -15,7 +15,14 @@ from workers.pipeline.artifacts import write_json, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.facts import Facts
 from workers.pipeline.failures import AuditRefused
-from workers.pipeline.memory import FLOAT32, in_batches, plan_batches, plan_memory, plan_shards
+from workers.pipeline.memory import (
+    FLOAT32,
+    FLOAT64,
+    in_batches,
+    plan_batches,
+    plan_memory,
+    plan_shards,
+)
 from workers.pipeline.runtime import Runtime, load_runtime
 
 
@@ -32,9 +39,9 @@ def compute_validation(context: StageContext) -> StageOutput:
         )
     names = estimators_of(context)
     pairwise = [name for name in names if ESTIMATORS[name].kind == "pairwise"]
-    needs_curvature = any(ESTIMATORS[name].needs_curvature for name in names)
+    num_curvature = sum(ESTIMATORS[name].needs_curvature for name in names)
     cache_bytes = len(runtime.train) * extractor.num_parameters * FLOAT32
-    keeps_gradients = needs_curvature and cache_bytes <= context.settings.max_gradient_cache_bytes
+    keeps_gradients = num_curvature > 0 and cache_bytes <= context.settings.max_gradient_cache_bytes
     plan = plan_memory(
         free_bytes=free_bytes(runtime.device),
         num_validation=len(runtime.validation),
@@ -47,8 +54,14 @@ def compute_validation(context: StageContext) -> StageOutput:
         tokens_per_batch=context.settings.tokens_per_batch,
         samples_per_shard=context.settings.samples_per_shard,
     )
-    _check_disk(context, runtime, len(pairwise), cache_bytes if keeps_gradients else 0)
     runtime.tokens_per_batch = plan.tokens_per_batch
+    _check_disk(
+        context,
+        runtime,
+        num_pairwise=len(pairwise),
+        num_curvature_files=num_curvature * -(-len(runtime.train) // plan.samples_per_shard),
+        cache_bytes=cache_bytes if keeps_gradients else 0,
+    )
     _write_gradients(context, runtime)
     write_json(
         context.artifacts.modules,
@@ -86,7 +99,12 @@ def estimators_of(context: StageContext) -> list[str]:
 
 
 def _check_disk(
-    context: StageContext, runtime: Runtime, num_pairwise: int, cache_bytes: int
+    context: StageContext,
+    runtime: Runtime,
+    *,
+    num_pairwise: int,
+    num_curvature_files: int,
+    cache_bytes: int,
 ) -> None:
     influence_bytes = (
         len(runtime.train)
@@ -95,10 +113,14 @@ def _check_disk(
         * num_pairwise
         * FLOAT32
     )
-    needed, free = influence_bytes + cache_bytes, shutil.disk_usage(context.settings.data_dir).free
+    curvature_bytes = (
+        num_curvature_files * len(runtime.validation) * runtime.extractor.num_parameters * FLOAT64
+    )
+    needed = influence_bytes + curvature_bytes + cache_bytes
+    free = shutil.disk_usage(context.settings.data_dir).free
     if needed > free:
         raise InsufficientMemory(
-            f"The influence files need {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are "
+            f"The audit's files need {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are "
             "free in the data directory. Use fewer estimators or validation samples, or make room."
         )
 
@@ -114,8 +136,8 @@ def _write_gradients(context: StageContext, runtime: Runtime) -> None:
         context.hold.tick(positions.start, len(samples))
         sample = runtime.extract(samples, indices, name="validation")
         for kept_Vd, gradient_Bd in zip(gradients, sample.gradients, strict=True):
-            kept_Vd[positions] = gradient_Bd.cpu()
-        facts.put(positions, sample, samples.label_T[indices])
+            kept_Vd[indices] = gradient_Bd.cpu()
+        facts.put(indices, sample, samples.label_T[indices])
 
     runtime.tokens_per_batch = in_batches(
         index_V,
@@ -123,15 +145,8 @@ def _write_gradients(context: StageContext, runtime: Runtime) -> None:
         tokens_per_batch=runtime.tokens_per_batch,
         work=work,
     )
-    back_V = index_V.argsort()
-    write_tensors(
-        context.artifacts.validation_facts,
-        {
-            name: tensor[..., back_V] if tensor.shape[-1:] == back_V.shape else tensor
-            for name, tensor in facts.tensors().items()
-        },
-    )
+    write_tensors(context.artifacts.validation_facts, facts.tensors())
     write_tensors(
         context.artifacts.validation_gradients,
-        {f"{module:05d}": kept_Vd[back_V] for module, kept_Vd in enumerate(gradients)},
+        {f"{module:05d}": kept_Vd for module, kept_Vd in enumerate(gradients)},
     )

@@ -134,12 +134,29 @@ def load_model(
     return LoadedModel(model=model.eval(), tokenizer=tokenizer)
 
 
-def _inspect_head(resolved: ResolvedModel) -> _Head:
-    """Build the architecture without memory, and see which of its head's weights were saved."""
+def longest_input(resolved: ResolvedModel) -> int | None:
+    """Return how many tokens the model has positions for; None where it does not say.
+
+    Raises:
+        SourceError: the config is not valid.
+    """
+    limits = [getattr(_load_config(resolved), "max_position_embeddings", None)]
+    # RoBERTa and its kin count positions from behind that of the padding
+    limits += [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in _skeleton(resolved).named_modules()
+        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
+    ]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return min(known, default=None)
+
+
+def _skeleton(resolved: ResolvedModel) -> nn.Module:
+    """Build the architecture without memory."""
     config = _load_config(resolved)
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForSequenceClassification.from_config(
+            model: nn.Module = AutoModelForSequenceClassification.from_config(
                 config, trust_remote_code=False
             )
     except _LOADING_ERRORS as error:
@@ -148,6 +165,12 @@ def _inspect_head(resolved: ResolvedModel) -> _Head:
             "unsupported_model",
             "model",
         ) from error
+    return model
+
+
+def _inspect_head(resolved: ResolvedModel) -> _Head:
+    """Look at the architecture, and see which of its head's weights were saved."""
+    skeleton: Any = _skeleton(resolved)
     saved = _saved_shapes(resolved, adapter=False)
     num_saved = sum(torch.Size(shape).numel() for shape in saved.values())
     num_described = sum(parameter.numel() for parameter in skeleton.parameters())

@@ -1,0 +1,96 @@
+"""Alive and ready: each part's state, and what to do about it."""
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from fastapi.testclient import TestClient
+from pydantic import SecretStr
+from sqlalchemy import Engine
+
+from app import health
+from app.catalogue import AGGREGATIONS, ESTIMATORS
+from app.db import make_engine, transaction
+from app.jobs import make_celery
+from app.main import create_app
+from app.settings import Settings
+from app.work.models import WorkerHeartbeat
+from tests.factories import long_ago
+
+
+def readiness(settings: Settings, engine: Engine, celery: Celery) -> tuple[int, dict[str, Any]]:
+    response = TestClient(create_app(settings, engine, celery)).get("/readyz")
+    body = response.json()
+    assert body["ready"] == (response.status_code == 200)
+    return response.status_code, body["checks"]
+
+
+def worker_seen(engine: Engine, **fields: Any) -> None:
+    with transaction(engine) as session:
+        session.add(WorkerHeartbeat(name="w", device="cpu", engine_version="1", **fields))
+
+
+def test_alive(client: TestClient) -> None:
+    assert client.get("/healthz").json()["status"] == "alive"
+
+
+def test_ready_when_all_parts_are_there(settings: Settings, engine: Engine, celery: Celery) -> None:
+    worker_seen(engine)
+    status, checks = readiness(settings, engine, celery)
+    assert status == 200
+    assert set(checks) == {"database", "broker", "worker", "storage"}
+    assert all(check["ok"] for check in checks.values())
+
+
+def test_a_worker_that_is_silent_counts_as_gone(
+    settings: Settings, engine: Engine, celery: Celery
+) -> None:
+    worker_seen(engine, seen_at=long_ago())
+    status, checks = readiness(settings, engine, celery)
+    assert status == 503
+    assert not checks["worker"]["ok"]
+    assert "winnow worker" in checks["worker"]["detail"]
+
+
+def test_a_dead_or_frozen_broker_is_said_soon(
+    settings: Settings, engine: Engine, tmp_path: Path
+) -> None:
+    address = tmp_path / "f.sock"
+    with socket.socket(socket.AF_UNIX) as frozen:
+        frozen.bind(str(address))
+        frozen.listen()
+        for path in (address, tmp_path / "nobody.sock"):
+            url = SecretStr(f"redis+socket://{path}")
+            celery = make_celery(settings.model_copy(update={"broker_url": url}))
+            started = time.perf_counter()
+            _, checks = readiness(settings, engine, celery)
+            assert time.perf_counter() - started < 8
+            assert checks["database"]["ok"]
+            assert "WINNOW_BROKER_URL" in checks["broker"]["detail"]
+
+
+def test_a_database_that_is_down(settings: Settings, celery: Celery) -> None:
+    engine = make_engine("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
+    status, checks = readiness(settings, engine, celery)
+    assert status == 503
+    assert "WINNOW_DATABASE_URL" in checks["database"]["detail"]
+    assert checks["broker"]["ok"]
+
+
+def test_a_disk_that_is_full_or_missing(
+    settings: Settings, engine: Engine, celery: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = settings.model_copy(update={"data_dir": settings.data_dir / "no"})
+    assert "WINNOW_DATA_DIR" in readiness(elsewhere, engine, celery)[1]["storage"]["detail"]
+    monkeypatch.setattr(health, "LEAST_FREE_BYTES", 2**60)
+    assert "add room" in readiness(settings, engine, celery)[1]["storage"]["detail"]
+
+
+def test_the_catalogue_lists_what_can_be_asked_for(client: TestClient) -> None:
+    estimators = client.get("/v1/estimators").json()
+    assert [estimator["name"] for estimator in estimators] == list(ESTIMATORS)
+    aggregations = client.get("/v1/aggregations").json()
+    assert [aggregation["name"] for aggregation in aggregations] == list(AGGREGATIONS)
