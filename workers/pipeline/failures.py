@@ -32,7 +32,14 @@ class AuditRefused(Exception):
 
 
 def failure_of(error: Exception) -> Failure:
-    """Return what the audit's row says about an error."""
+    """Return what the audit's row says about an error, in whole sentences."""
+    failure = _failure_of(error)
+    if failure.message.endswith("."):
+        return failure
+    return Failure(failure.code, f"{failure.message}.", failure.field)
+
+
+def _failure_of(error: Exception) -> Failure:
     match error:
         case AuditRefused():
             return error.failure

@@ -1,0 +1,153 @@
+"""Plans of shards, batches and memory: nothing is lost, nothing done twice, everything fits."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from workers.influence.errors import InsufficientMemory
+from workers.pipeline.memory import in_batches, plan_batches, plan_memory, plan_shards
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=120).map(torch.tensor)
+TOKENS = st.integers(16, 400)
+SHARD = st.integers(1, 130)
+
+
+def by_length(length_T: Tensor) -> Tensor:
+    """The indices as a shard has them, the longest first."""
+    return length_T.argsort(descending=True, stable=True)
+
+
+@given(length_T=LENGTHS, tokens=TOKENS, samples=SHARD)
+def test_every_sample_is_in_one_shard(length_T: Tensor, tokens: int, samples: int) -> None:
+    shards = plan_shards(length_T, tokens_per_batch=tokens, samples_per_shard=samples)
+    assert sorted(torch.cat(shards).tolist()) == list(range(len(length_T)))
+    largest_batch = max(map(len, plan_batches(length_T, tokens_per_batch=tokens)))
+    assert all(len(shard) <= max(samples, largest_batch) for shard in shards)
+
+
+@given(length_T=LENGTHS, tokens=TOKENS, samples=SHARD)
+def test_a_samples_batch_does_not_depend_on_the_shards(
+    length_T: Tensor, tokens: int, samples: int
+) -> None:
+    """The batches of all shards, cut one by one, are those of the whole set."""
+    shards = plan_shards(length_T, tokens_per_batch=tokens, samples_per_shard=samples)
+    found = []
+    for index_T in shards:
+        batches = plan_batches(length_T[index_T], tokens_per_batch=tokens)
+        found += [index_T[batch].tolist() for batch in batches]
+    whole = plan_batches(length_T, tokens_per_batch=tokens)
+    assert found == [batch.tolist() for batch in whole]
+
+
+@given(length_T=LENGTHS, tokens=TOKENS)
+def test_work_without_trouble_sees_the_planned_batches(length_T: Tensor, tokens: int) -> None:
+    seen: list[list[int]] = []
+    index_T = by_length(length_T)
+    budget = in_batches(
+        index_T,
+        length_T[index_T],
+        tokens_per_batch=tokens,
+        work=lambda _, indices: seen.append(indices.tolist()),
+    )
+    assert budget == tokens
+    assert seen == [batch.tolist() for batch in plan_batches(length_T, tokens_per_batch=tokens)]
+
+
+@given(length_T=LENGTHS, tokens=TOKENS, room=st.integers(40, 400))
+def test_short_memory_halves_the_batch_and_loses_nothing(
+    length_T: Tensor, tokens: int, room: int
+) -> None:
+    """Whatever fits, every sample is done exactly once, and the budget is remembered."""
+    done: list[int] = []
+    index_T = by_length(length_T)
+
+    def work(positions: slice, indices: Tensor) -> None:
+        assert torch.equal(indices, index_T[positions])
+        if len(indices) * int(length_T[indices].max()) > room:
+            raise torch.OutOfMemoryError("no memory")
+        done.extend(indices.tolist())
+
+    budget = in_batches(index_T, length_T[index_T], tokens_per_batch=tokens, work=work)
+    assert done == index_T.tolist()
+    assert budget <= tokens
+    assert in_batches(index_T, length_T[index_T], tokens_per_batch=budget, work=work) == budget
+
+
+@given(length_T=LENGTHS, tokens=TOKENS)
+def test_memory_that_never_suffices_is_an_error_and_no_endless_loop(
+    length_T: Tensor, tokens: int
+) -> None:
+    sizes: list[int] = []
+
+    def work(_: slice, indices: Tensor) -> None:
+        sizes.append(len(indices))
+        raise MemoryError
+
+    index_T = by_length(length_T)
+    with pytest.raises(MemoryError):
+        in_batches(index_T, length_T[index_T], tokens_per_batch=tokens, work=work)
+    assert sizes[-1] == 1
+    assert len(sizes) <= 10
+
+
+def test_other_errors_are_not_taken_for_a_short_memory() -> None:
+    calls: list[int] = []
+
+    def work(_: slice, indices: Tensor) -> None:
+        calls.append(len(indices))
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        in_batches(torch.arange(8), torch.full((8,), 4), tokens_per_batch=64, work=work)
+    assert calls == [8]
+
+
+AUDIT: dict[str, Any] = {
+    "num_validation": 400,
+    "num_parameters": 40_000,
+    "num_modules": 26,
+    "num_pairwise": 3,
+    "keeps_gradients": True,
+    "hidden_size": 384,
+    "num_layers": 6,
+    "tokens_per_batch": 4096,
+    "samples_per_shard": 1000,
+}
+
+
+@given(
+    free=st.integers(2**29, 2**38),
+    validation=st.integers(1, 2000),
+    parameters=st.integers(100, 10**6),
+    pairwise=st.integers(0, 4),
+)
+def test_a_plan_fits_or_is_refused(
+    free: int, validation: int, parameters: int, pairwise: int
+) -> None:
+    asked = AUDIT | {
+        "free_bytes": free,
+        "num_validation": validation,
+        "num_parameters": parameters,
+        "num_pairwise": pairwise,
+    }
+    # both float32 copies and the float64 one of the curvature
+    held = validation * parameters * 16
+    if held > free // 2:
+        with pytest.raises(InsufficientMemory, match="fewer validation samples"):
+            plan_memory(**asked)
+        return
+    plan = plan_memory(**asked)
+    assert plan.held_bytes == held
+    assert 1 <= plan.samples_per_shard <= 1000
+    assert 16 <= plan.tokens_per_batch <= 4096
+    buffers = plan.samples_per_shard * 4 * (26 * validation * pairwise + parameters)
+    assert buffers <= 512 * 2**20 or plan.samples_per_shard == 1
+
+
+def test_plenty_of_memory_leaves_the_settings_as_they_are() -> None:
+    plan = plan_memory(free_bytes=2**36, **AUDIT)
+    assert (plan.tokens_per_batch, plan.samples_per_shard) == (4096, 1000)
