@@ -79,7 +79,7 @@ class Workplace:
             unit_id = session.scalars(
                 select(WorkUnit.id)
                 .where(WorkUnit.audit_id == audit_id, WorkUnit.state == UnitState.READY)
-                .order_by(WorkUnit.id)
+                .order_by(WorkUnit.position)
             ).first()
         if unit_id is None:
             return None
