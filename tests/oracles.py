@@ -15,29 +15,51 @@ from workers.influence.batching import collate
 def engine_name(parameter_name: str) -> str:
     """Translate the name of a PEFT model's parameter into the engine's name of the module."""
     name = parameter_name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-    for factor in ("lora_A", "lora_B"):
+    for factor in ("lora_A", "lora_B", "lora_magnitude_vector"):
         name = name.replace(f"{factor}.default.weight", factor)
     return name
 
 
+def sample_loss(model: nn.Module, ids: Sequence[int], target: int | Sequence[int]) -> Tensor:
+    """Compute the loss of one unpadded sample.
+
+    The cross-entropy of a class index, or the mean of that of all tokens that are labelled (not
+    -100), each predicted from the tokens before it.
+    """
+    device = next(model.parameters()).device
+    logits = model(**collate([ids], pad_id=0, device=device)).logits[0].float()
+    if isinstance(target, int):
+        return cross_entropy(logits, torch.tensor(target, device=device))
+    losses = [
+        cross_entropy(logits[place - 1], torch.tensor(token, device=device))
+        for place, token in enumerate(target)
+        if token >= 0 and place > 0
+    ]
+    return torch.stack(losses).mean()
+
+
 def loop_gradients(
-    model: nn.Module, token_ids: Sequence[Sequence[int]], labels: Sequence[int]
+    model: nn.Module,
+    token_ids: Sequence[Sequence[int]],
+    labels: Sequence[int | Sequence[int]],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Take parameter gradients of one unpadded sample at a time through the model as it is.
+
+    Args:
+        model: a classifier or causal language model, with or without an adapter.
+        token_ids: of every sample.
+        labels: a class index of every sample, or token labels as long as its token ids.
 
     Returns:
         Gradients [B, d] by the engine's name for every parameter that requires one, and loss_B.
     """
     model.eval()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    device = next(model.parameters()).device
     rows: dict[str, list[Tensor]] = {engine_name(name): [] for name in parameters}
     losses = []
     for ids, label in zip(token_ids, labels, strict=True):
         model.zero_grad()
-        inputs = collate([ids], pad_id=0, device=device)
-        logits_BC = model(**inputs).logits.float()
-        loss = cross_entropy(logits_BC, torch.tensor([label], device=device))
+        loss = sample_loss(model, ids, label)
         loss.backward()
         losses.append(loss.detach())
         for name, parameter in parameters.items():

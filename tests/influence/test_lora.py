@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig
+from transformers import LlamaConfig
 from transformers import LlamaForSequenceClassification as Llama
 
 from tests.influence.tiny_models import NUM_CLASSES, VOCABULARY, tiny_adapted, tiny_classifier
@@ -31,11 +31,10 @@ def test_factors_are_kept_and_merged() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "Dora"),
+        ({"alora_invocation_tokens": [5]}, "ALora"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias=False"),
         ({"target_modules": ["query", "word_embeddings"]}, "LoRA on an embedding"),
-        ({"modules_to_save": ["LayerNorm"]}, "LayerNorm.*only linear layers"),
         ({"trainable_token_indices": [3, 4]}, "TrainableTokensWrapper"),
     ],
 )
@@ -55,18 +54,34 @@ def test_other_kinds_of_adapter_are_refused() -> None:
         merge_adapter(get_peft_model(tiny_classifier("bert"), config))
 
 
-def test_conv1d_is_refused() -> None:
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, num_labels=NUM_CLASSES
-    )
-    model = tiny_adapted(
-        "bert",
-        base=GPT2ForSequenceClassification(config),
-        target_modules=["c_attn"],
-        fan_in_fan_out=True,
-    )
-    with pytest.raises(UnsupportedModule, match="Conv1D"):
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_dora_is_kept_and_merged(family: str) -> None:
+    """Every output of the merged layer is as long as its magnitude, Conv1D's columns too."""
+    model = tiny_adapted(family, use_dora=True)
+    merged = merge_adapter(model)
+    for name, factors in merged.factors.items():
+        assert factors.magnitude_O is not None
+        assert factors.gain_O is not None
+        weight = merged.model.get_submodule(name).get_parameter("weight")
+        weight_OI = weight.T if family == "gpt2" else weight
+        torch.testing.assert_close(weight_OI.norm(dim=1), factors.magnitude_O)
+
+
+def test_magnitude_of_zero_is_refused() -> None:
+    model = tiny_adapted("bert", use_dora=True)
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            with torch.no_grad():
+                parameter[0] = 0
+    with pytest.raises(UnsupportedModule, match="zero in DoRA's magnitude"):
         merge_adapter(model)
+
+
+def test_modules_saved_beside_the_adapter_are_named() -> None:
+    """Those with parameters, in the order of the tree."""
+    merged = merge_adapter(tiny_adapted("roberta", modules_to_save=["classifier", "LayerNorm"]))
+    assert merged.saved_names[0] == "roberta.embeddings.LayerNorm"
+    assert merged.saved_names[-2:] == ("classifier.dense", "classifier.out_proj")
 
 
 def test_blocks_that_share_weights_are_refused() -> None:

@@ -1,18 +1,25 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from workers.influence.row_sparse import skip_zero_rows
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(5, 6), nn.Linear(5, 6, bias=False), Conv1D(6, 5)],
+    ids=["bias", "no_bias", "conv1d"],
+)
 @pytest.mark.parametrize("num_used", [0, 1, 7, 12])
 def test_input_gradient_is_the_dense_one(
-    num_used: int, with_bias: bool, device: torch.device
+    num_used: int, layer: nn.Module, device: torch.device
 ) -> None:
     """For no, few, most and all rows with a gradient."""
     torch.manual_seed(0)
-    layer = nn.Linear(5, 6, bias=with_bias).to(device).requires_grad_(requires_grad=False)
+    layer = copy.deepcopy(layer).to(device).requires_grad_(requires_grad=False)
     x_BSI = torch.randn(3, 4, 5, device=device, requires_grad=True)
     weight_BSO = torch.zeros(3, 4, 6, device=device)
     weight_BSO.view(12, 6)[torch.randperm(12)[:num_used]] = torch.randn(num_used, 6, device=device)

@@ -1,38 +1,33 @@
 """Per-sample gradients of all tracked modules in one batched forward and backward pass.
 
-Every weight is frozen and autograd is asked only for the gradients of the tracked layers' outputs;
-the gradients of the parameters follow from the captured inputs X and output gradients G:
+Every weight is frozen and autograd is asked only for the gradients of the tracked modules' outputs;
+the gradients of the parameters follow from the captured inputs and output gradients, see
+`workers.influence.module_kinds`.
 
-    linear layer        dW = Gᵀ X            db = Σ_S G
-    LoRA, scaling s     dB = s · Gᵀ (X Aᵀ)   dA = s · (G B)ᵀ X
-
-(the chain rule for y = x Wᵀ + b and W = W₀ + s · B A, one sample at a time).
-
-Shapes: B batch, S sequence, I/O input and output features, R rank, C classes, M modules, d entries
-of one module.
+Shapes: B batch, S sequence, M modules, L blocks, H hidden size.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from workers.influence.errors import NonFiniteInfluence, NoTrackedModules, UnsupportedModule
-from workers.influence.layers import (
-    BlockStack,
-    ModuleSpec,
-    Part,
-    find_block_stack,
-    find_head,
-    layer_groups,
-)
-from workers.influence.lora import LoraFactors, is_adapted, merge_adapter
+from workers.influence.capture import captured, lay_out
+from workers.influence.contraction import FormChoice, TrackedModule, without
+from workers.influence.kronecker import KroneckerSums
+from workers.influence.layers import ModuleSpec, find_block_stack, layer_groups
+from workers.influence.narrowing import NarrowLayers
+from workers.influence.objectives import Classification, Objective, Outcome
+from workers.influence.projection import Projection
+from workers.influence.reading import hidden_states, probe, reading_position
 from workers.influence.row_sparse import skip_zero_rows
+from workers.influence.rows import GradientRows
+from workers.influence.tracking import find_sites, merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,74 +35,66 @@ class SampleGradients:
     """What one batch gives.
 
     Attributes:
-        gradients: by module, float32 [B, d]; rows are flattened like the module's parameter.
+        gradients: by module; zero for samples that are not finite.
         squared_norm_MB: float32 [M, B], the squared length of every gradient.
-        loss_B: float32, cross-entropy of every sample on its own.
-        logits_BC: float32.
+        loss_B: float32, every sample's own loss, whatever it is.
+        outcome: what the objective says of the batch.
+        is_finite_B: bool; whether the sample's loss, all its gradients and their squared lengths
+            are finite.
+        hidden_LBH: float32, the output of every block at the sample's reading position; None unless
+            asked for.
+        kronecker: by module, the sums over the batch's tokens without those of samples that are not
+            finite; None for what is no matrix, and everywhere unless asked for.
     """
 
-    gradients: tuple[Tensor, ...]
+    gradients: tuple[GradientRows, ...]
     squared_norm_MB: Tensor
     loss_B: Tensor
-    logits_BC: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Tracked:
-    """A linear layer whose output is hooked, and which of its tensors are wanted."""
-
-    name: str
-    linear: nn.Linear
-    layer: int | None
-    part: Part
-    factors: LoraFactors | None = None
-    with_bias: bool = False
-
-    def modules(self) -> list[ModuleSpec]:
-        tensors: dict[str, Tensor] = {}
-        if self.factors is not None:
-            tensors = {"lora_A": self.factors.a_RI, "lora_B": self.factors.b_OR}
-        else:
-            tensors = {"weight": self.linear.weight}
-            if self.with_bias:
-                tensors["bias"] = self.linear.bias
-        return [
-            ModuleSpec(
-                name=f"{self.name}.{suffix}",
-                layer=self.layer,
-                part=self.part,
-                num_parameters=tensor.numel(),
-                shape=tuple(tensor.shape),
-            )
-            for suffix, tensor in tensors.items()
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Capture:
-    """Input and output of a hooked layer, with their versions to notice writes in place."""
-
-    x: Tensor
-    y: Tensor
-    versions: tuple[int, int]
+    outcome: Outcome
+    is_finite_B: Tensor
+    hidden_LBH: Tensor | None
+    kronecker: tuple[KroneckerSums | None, ...]
 
 
 class GradientExtractor(AbstractContextManager["GradientExtractor"]):
-    """Takes per-sample gradients of a sequence classifier in evaluation mode.
+    """Takes per-sample gradients of a model in evaluation mode.
 
     The extractor owns the model from now on: its adapter is merged, every weight is frozen and it
     is put into evaluation mode. Hooks live only while `extract` runs. As a context manager it lets
     go of the model at the end.
 
+    A module that a forward pass uses several times gets the sum over its uses. Where a head shares
+    its weight with the word embedding, each of the two modules takes its own term of the gradient
+    only: the embedding that of the looked-up rows, the head that of its matrix product.
+
     Args:
-        model: a PEFT model with one active LoRA adapter (modules: every LoRA factor, and the layers
-            saved beside the adapter, the head), or a plain classifier (modules: the weights of the
-            linear layers named by `target_modules`, and weights and biases of the head).
-        target_modules: last parts of the names of the linear layers to track in a plain
-            classifier, such as `["query", "value"]`; None for a PEFT model.
+        model: a PEFT model with one active LoRA or DoRA adapter (modules: every factor, and the
+            modules saved beside the adapter, such as the head), or a plain model (modules: what
+            `target_modules` names, and weights and biases of a classifier's head).
+        objective: makes the loss; None is classification.
+        target_modules: for a plain model, last parts of names inside the blocks, such as
+            `["query", "value"]`, `all-linear`, or names outside, such as `lm_head`; of linear
+            layers inside the blocks only the weight is tracked, of everything else all tensors.
+            None for a PEFT model.
         dtype: what the merged model computes in; None leaves it as it is. Merging is done before
             the cast, so load the model in float32 to keep small adapter updates. Gradients are
             contracted and returned in float32 whatever it is.
+        projection: how big weight matrices are projected; None keeps everything exact.
+        longest: tokens of the longest sample of the audit; lets big matrices be kept as factors
+            where that makes dot products cheaper.
+        needs_dense: rows will be wanted written out, so that nothing is kept as factors.
+        word_embeddings: track the word embedding too. Without it a word embedding is left out even
+            where it was trained.
+        hidden_states: give the blocks' hidden states too.
+        kronecker: give the Kronecker sums of every matrix too.
+
+    Attributes:
+        modules: what is tracked, in the order of `SampleGradients.gradients`; the word embedding,
+            the only sparse one, is the last.
+        num_blocks: L.
+        num_parameters: entries of all gradient rows together, without the word embedding.
+        groups: positions in `modules` by layer group.
+        is_causal: whether a sample is read at its last token, or else at its first.
 
     Raises:
         UnsupportedModule: a part of the model whose gradients would not be exact.
@@ -119,44 +106,83 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         self,
         model: nn.Module,
         *,
+        objective: Objective | None = None,
         target_modules: Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
+        projection: Projection | None = None,
+        longest: int | None = None,
+        needs_dense: bool = False,
+        word_embeddings: bool = False,
+        hidden_states: bool = False,
+        kronecker: bool = False,
     ) -> None:
-        if is_adapted(model):
-            if target_modules is not None:
-                raise ValueError("target_modules must be None: the adapter names its own modules.")
-            merged = merge_adapter(model)
-            model, factors, head = merged.model, merged.factors, merged.saved_names
-            stack = find_block_stack(model)
-        else:
-            if not target_modules:
-                raise ValueError("target_modules must name layers of a model without an adapter.")
-            stack = find_block_stack(model)
-            factors, head = {}, tuple(find_head(model, stack))
-        model.requires_grad_(requires_grad=False).eval().to(dtype=dtype)
+        self._objective: Objective = Classification() if objective is None else objective
+        adapted = merge(model, target_modules)
+        model = adapted.model
+        model.requires_grad_(requires_grad=False).eval()
         config: Any = getattr(model, "config", None)
         if hasattr(config, "use_cache"):
             # a key/value cache would keep every layer's keys for nothing
             config.use_cache = False
-
-        skip_zero_rows(model.get_submodule(f"{stack.name}.{stack.num_blocks - 1}"))
+        self._stack = find_block_stack(model)
+        self._sites = find_sites(
+            adapted,
+            self._stack,
+            target_modules or (),
+            with_head=isinstance(self._objective, Classification),
+            with_word_embedding=word_embeddings,
+        )
+        self._probe = probe(
+            model, block_name=self._stack.block_names[-1], names=[site.name for site in self._sites]
+        )
+        model.to(dtype=dtype)
+        skip_zero_rows(model.get_submodule(self._stack.block_names[-1]))
         self._model: nn.Module | None = model
         self.device: torch.device = next(model.parameters()).device
-        names = factors or dict.fromkeys(_targets(model, stack, target_modules or ()))
+        self._dtype = next(model.parameters()).dtype
+        self.num_blocks: int = self._stack.num_blocks
+        self.is_causal: bool = self._probe.is_causal
+        self._narrow: NarrowLayers | None = None
+        if isinstance(self._objective, Classification) and not self.is_causal:
+            self._narrow = NarrowLayers(model, model.get_submodule(self._stack.block_names[-1]))
+        self._track(
+            FormChoice(projection=projection, longest=longest, needs_dense=needs_dense),
+            hidden_states=hidden_states,
+            kronecker=kronecker,
+        )
+
+    def _track(self, choice: FormChoice, *, hidden_states: bool, kronecker: bool) -> Self:
+        self._choice, self._hidden_states, self._kronecker = choice, hidden_states, kronecker
         self._tracked = [
-            _Tracked(name, _linear(model, name), *stack.locate(name), factors=factors.get(name))
-            for name in names
-        ]
-        self._tracked += [
-            _Tracked(name, linear, None, Part.HEAD, with_bias=linear.bias is not None)
-            for name in head
-            for linear in [_linear(model, name)]
+            TrackedModule.make(
+                site.name,
+                site.module,
+                site.kind,
+                layer=site.layer,
+                part=site.part,
+                choice=choice,
+                is_pooled=site.name in self._probe.pooled_names,
+                device=self.device,
+            )
+            for site in self._sites
         ]
         self.modules: tuple[ModuleSpec, ...] = tuple(
-            spec for tracked in self._tracked for spec in tracked.modules()
+            spec for tracked in self._tracked for spec in tracked.specs
         )
-        self.num_parameters: int = sum(spec.num_parameters for spec in self.modules)
+        self.num_parameters: int = sum(
+            spec.num_parameters for spec in self.modules if spec.form != "sparse"
+        )
         self.groups: dict[str, tuple[int, ...]] = layer_groups(self.modules)
+        return self
+
+    def exact(self) -> "GradientExtractor":
+        """Return an extractor for the same modules of the same model without any projection.
+
+        It keeps big matrices as factors wherever that is smaller, and gives neither hidden states
+        nor Kronecker sums.
+        """
+        choice = replace(self._choice, projection=None, needs_dense=False, prefers_small=True)
+        return copy.copy(self)._track(choice, hidden_states=False, kronecker=False)  # noqa: SLF001 - ours
 
     def __exit__(
         self,
@@ -165,170 +191,133 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         traceback: TracebackType | None,
     ) -> None:
         self._model = None
-        self._tracked = []
+        self._tracked, self._sites = [], []
 
     def __enter__(self) -> Self:
         return self
 
-    def extract(self, inputs: Mapping[str, Tensor], labels_B: Tensor) -> SampleGradients:
+    def extract(self, inputs: Mapping[str, Tensor], targets: Tensor) -> SampleGradients:
         """Take the gradients of every sample's own loss for every module.
 
         Args:
             inputs: what the model's forward takes, `input_ids` and `attention_mask` [B, S] among
                 it, on the model's device.
-            labels_B: int64 class indices, on the model's device.
+            targets: what the objective takes, one row for every sample, on the model's device.
 
         Returns:
             The batch's gradients; a sample's row depends neither on the batch nor on its padding
             (up to the rounding of float32).
 
         Raises:
-            NonFiniteInfluence: a loss or gradient is NaN or infinite; names the batch positions.
-            UnsupportedModule: a tracked layer is used more than once in a pass, or on something
-                that is not a batch of samples.
+            UnsupportedModule: a tracked module is used on something that is not a batch of samples,
+                or its values are overwritten.
         """
         if self._model is None:
             raise ValueError("the extractor is closed.")
-        with torch.enable_grad(), _captured(self._tracked) as captures:
-            logits_BC = self._model(**inputs).logits.float()
-            loss_B = cross_entropy(logits_BC, labels_B, reduction="none")
-            output_gradients = torch.autograd.grad(
-                loss_B.sum(),
-                [captures[tracked.name].y for tracked in self._tracked],
-                allow_unused=True,
-                materialize_grads=True,
-            )
         mask_BS = inputs["attention_mask"]
-        gradients: list[Tensor] = []
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            if self._narrow is not None and not self._kronecker:
+                # sums over all tokens would see what narrow layers leave out
+                stack.enter_context(self._narrow.in_use())
+            captures = stack.enter_context(captured({t.name: t.module for t in self._tracked}))
+            states = stack.enter_context(hidden_states(self._blocks(), self._position(mask_BS)))
+            outcome = self._objective.run(self._model, inputs, targets)
+            outputs = [capture.y for tracked in self._tracked for capture in captures[tracked.name]]
+            scale_B = self._loss_scale(outcome.loss_B.detach())
+            gradients = iter(_output_gradients(outcome.loss_B, outputs, scale_B))
+        rows: list[GradientRows] = []
+        kronecker: list[KroneckerSums | None] = []
         with torch.no_grad():
-            for tracked, gradient in zip(self._tracked, output_gradients, strict=True):
-                capture = captures.pop(tracked.name)
-                _check_use(tracked.name, capture, mask_BS)
-                gradients += _contract(tracked, capture.x.float(), gradient.float(), mask_BS)
-            squared_norm_MB = torch.stack([_squared_norm(gradient) for gradient in gradients])
-            _check_finite(loss_B, squared_norm_MB)
-        return SampleGradients(
-            gradients=tuple(gradients),
+            for tracked in self._tracked:
+                uses = [
+                    lay_out(
+                        tracked.name,
+                        capture,
+                        next(gradients),
+                        mask_BS,
+                        is_pooled=tracked.is_pooled,
+                        scale_B=scale_B,
+                    )
+                    for capture in captures.pop(tracked.name)
+                ]
+                for module_rows, sums in tracked.contract(
+                    uses, batch_size=len(mask_BS), kronecker=self._kronecker
+                ):
+                    rows.append(module_rows)
+                    kronecker.append(sums)
+            squared_norm_MB = torch.stack([module_rows.squared_norm() for module_rows in rows])
+        loss_B = outcome.loss_B.detach().float()
+        result = SampleGradients(
+            gradients=tuple(rows),
             squared_norm_MB=squared_norm_MB,
-            loss_B=loss_B.detach(),
-            logits_BC=logits_BC.detach(),
+            loss_B=loss_B,
+            outcome=outcome.detach(),
+            is_finite_B=torch.isfinite(loss_B) & torch.isfinite(squared_norm_MB.sum(dim=0)),
+            hidden_LBH=torch.stack(list(states.values())) if self._hidden_states else None,
+            kronecker=tuple(kronecker),
         )
+        if bool(result.is_finite_B.all()):
+            return result
+        return self._without_broken(result, inputs, targets)
 
+    def _loss_scale(self, loss_B: Tensor) -> Tensor | None:
+        """Return powers of two that keep the gradients of a float16 model from vanishing.
 
-def _targets(model: nn.Module, stack: BlockStack, targets: Sequence[str]) -> list[str]:
-    names = [
-        name
-        for name, _ in model.named_modules()
-        if name.startswith(f"{stack.name}.")
-        and any(name == target or name.endswith(f".{target}") for target in targets)
-    ]
-    if not names:
-        known = sorted(
-            {
-                name.rpartition(".")[2]
-                for name, module in model.get_submodule(stack.name).named_modules()
-                if isinstance(module, nn.Linear)
-            }
-        )
-        raise NoTrackedModules(
-            f"no layer of the transformer blocks is named {' or '.join(targets)}; "
-            f"the linear layers there are: {', '.join(known)}."
-        )
-    return names
+        The length of the gradient by the logits is near 1 - exp(-loss): it is brought to some 16.
+        """
+        if self._dtype is not torch.float16:
+            return None
+        expected_B = (-torch.expm1(-loss_B)).clamp(min=2.0**-20)
+        return torch.exp2((16 / expected_B).log2().round())
 
+    def _blocks(self) -> dict[str, nn.Module]:
+        if not self._hidden_states or self._model is None:
+            return {}
+        return {name: self._model.get_submodule(name) for name in self._stack.block_names}
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
-        raise UnsupportedModule(
-            f"module '{name}' is a {type(module).__name__}; "
-            "only linear layers with unquantised weights are audited."
-        )
-    return module
+    def _position(self, mask_BS: Tensor) -> Tensor:
+        return reading_position(mask_BS, is_causal=self.is_causal)
 
-
-@contextmanager
-def _captured(tracked_layers: Sequence[_Tracked]) -> Iterator[dict[str, _Capture]]:
-    """Capture inputs and outputs of the tracked layers; the hooks are removed in any case."""
-    captures: dict[str, _Capture] = {}
-
-    def hook_for(name: str) -> Any:  # noqa: ANN401 - the type of a hook is torch's own business
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in captures:
-                raise UnsupportedModule(
-                    f"module '{name}' is used more than once in a forward pass; "
-                    "leave it out of the target modules."
+    def _without_broken(
+        self, result: SampleGradients, inputs: Mapping[str, Tensor], targets: Tensor
+    ) -> SampleGradients:
+        """Set everything of the samples that are not finite to zero."""
+        broken_B = ~result.is_finite_B
+        kronecker = result.kronecker
+        if self._kronecker:
+            kept_B = result.is_finite_B.nonzero().flatten()
+            if len(kept_B) > 0:
+                kept = {name: value[kept_B] for name, value in inputs.items()}
+                kronecker = self.extract(kept, targets[kept_B]).kronecker
+            else:
+                kronecker = tuple(
+                    None
+                    if sums is None
+                    else KroneckerSums(
+                        torch.zeros_like(sums.input_II), torch.zeros_like(sums.output_OO), 0
+                    )
+                    for sums in kronecker
                 )
-            if not output.requires_grad:
-                # nothing below is tracked: the graph starts here, and so ends the backward pass
-                output.requires_grad_()
-            x = arguments[0].detach()
-            captures[name] = _Capture(x, output, _versions(x, output))
-
-        return hook
-
-    with ExitStack() as handles:
-        for tracked in tracked_layers:
-            handle = tracked.linear.register_forward_hook(hook_for(tracked.name))
-            handles.callback(handle.remove)
-        yield captures
-
-
-def _versions(x: Tensor, y: Tensor) -> tuple[int, int]:
-    # torch's own count of writes in place, which autograd relies on as well
-    return x._version, y._version  # noqa: SLF001
-
-
-def _check_use(name: str, capture: _Capture, mask_BS: Tensor) -> None:
-    if _versions(capture.x, capture.y) != capture.versions:
-        raise UnsupportedModule(
-            f"the model overwrites the input or output of module '{name}' in place; "
-            "leave it out of the target modules."
-        )
-    leading = tuple(capture.x.shape[:-1])
-    if leading not in (tuple(mask_BS.shape), tuple(mask_BS.shape[:1])):
-        raise UnsupportedModule(
-            f"module '{name}' sees an input of shape {tuple(capture.x.shape)}, which is not "
-            f"[batch {mask_BS.shape[0]}, sequence {mask_BS.shape[1]}, features] or "
-            "[batch, features]; leave it out of the target modules."
+        hidden_LBH = result.hidden_LBH
+        if hidden_LBH is not None:
+            hidden_LBH = hidden_LBH.masked_fill(broken_B[None, :, None], 0)
+        return replace(
+            result,
+            gradients=tuple(without(rows, broken_B) for rows in result.gradients),
+            squared_norm_MB=result.squared_norm_MB.masked_fill(broken_B, 0),
+            hidden_LBH=hidden_LBH,
+            kronecker=kronecker,
         )
 
 
-def _contract(
-    tracked: _Tracked, x_BSI: Tensor, gradient_BSO: Tensor, mask_BS: Tensor
-) -> list[Tensor]:
-    """Turn a layer's input and output gradient into per-sample gradients of its tensors."""
-    if x_BSI.shape[:-1] == mask_BS.shape:
-        mask_BS1 = mask_BS[..., None].to(x_BSI.dtype)
-    else:  # after pooling: one position, which is no padding
-        x_BSI, gradient_BSO = x_BSI[:, None], gradient_BSO[:, None]
-        mask_BS1 = x_BSI.new_ones(len(x_BSI), 1, 1)
-    if tracked.factors is None:
-        gradient_BSO = gradient_BSO * mask_BS1
-        weight_BOI = gradient_BSO.transpose(1, 2) @ x_BSI
-        bias_BO = [gradient_BSO.sum(dim=1)] if tracked.with_bias else []
-        return [weight_BOI.flatten(1), *bias_BO]
-    factors = tracked.factors
-    # padding is masked on the rank side, where the tensors are small
-    scaled_mask_BS1 = mask_BS1 * factors.scaling
-    down_BSR = (x_BSI @ factors.a_RI.T) * scaled_mask_BS1
-    up_BSR = (gradient_BSO @ factors.b_OR) * scaled_mask_BS1
-    a_BRI = up_BSR.transpose(1, 2) @ x_BSI
-    # a product with R rows is faster than one with R columns
-    b_BRO = down_BSR.transpose(1, 2) @ gradient_BSO
-    return [a_BRI.flatten(1), b_BRO.transpose(1, 2).flatten(1)]
-
-
-def _squared_norm(gradient_Bd: Tensor) -> Tensor:
-    squared_norm_B: Tensor = torch.linalg.vecdot(gradient_Bd, gradient_Bd)
-    return squared_norm_B
-
-
-def _check_finite(loss_B: Tensor, squared_norm_MB: Tensor) -> None:
-    for what, value_B in (
-        ("the loss", loss_B),
-        ("a gradient, or its squared length,", squared_norm_MB.sum(dim=0)),
-    ):
-        broken_B = ~torch.isfinite(value_B)
-        if bool(broken_B.any()):
-            raise NonFiniteInfluence(what, positions=broken_B.nonzero().flatten().tolist())
+def _output_gradients(
+    loss_B: Tensor, outputs: Sequence[Tensor], scale_B: Tensor | None
+) -> tuple[Tensor, ...]:
+    if not outputs:
+        return ()
+    scale_B = torch.ones_like(loss_B) if scale_B is None else scale_B
+    gradients: tuple[Tensor, ...] = torch.autograd.grad(
+        loss_B, outputs, scale_B, allow_unused=True, materialize_grads=True
+    )
+    return gradients

@@ -1,4 +1,4 @@
-"""Read the LoRA factors out of a PEFT model and merge them into its weights.
+"""Read the LoRA and DoRA factors out of a PEFT model and merge them into its weights.
 
 PEFT's layers are recognised by their attributes, so that the engine needs torch alone.
 
@@ -6,23 +6,36 @@ Shapes: R rank, I input features, O output features.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from workers.influence.errors import NoTrackedModules, UnsupportedModule
+from workers.influence.layers import is_linear_like
 
 _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
-    """One LoRA adapter of one linear layer: output += scaling · x Aᵀ Bᵀ."""
+    """One adapter of one linear layer.
+
+    LoRA: output += scaling · x Aᵀ Bᵀ. DoRA ("weight-decomposed" LoRA, Liu et al. 2024) also
+    rescales every output feature: y = (m / n) ⊙ (x W₀ᵀ + scaling · x Aᵀ Bᵀ) + b, with n the length
+    of the rows of W₀ + scaling · B A, a constant for the gradients (section 4.3 there).
+
+    Attributes:
+        magnitude_O: DoRA's m; None for LoRA.
+        gain_O: DoRA's m / n; None for LoRA.
+    """
 
     a_RI: Tensor
     b_OR: Tensor
     scaling: float
+    magnitude_O: Tensor | None = None
+    gain_O: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +45,7 @@ class MergedAdapter:
     Attributes:
         model: the base model; its weights hold the adapter.
         factors: the factors (float32) by the name of the linear layer.
-        saved_names: linear layers that were trained whole beside the adapter (the head).
+        saved_names: modules that were trained whole beside the adapter (the head).
     """
 
     model: nn.Module
@@ -62,11 +75,11 @@ def merge_adapter(model: nn.Module) -> MergedAdapter:
             if factor is not None:
                 factors[name] = factor
         elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-            saved_names += _saved_linears(name, module, adapter)
+            saved_names += _saved_modules(name, module, adapter)
         elif hasattr(module, "original_module"):
             raise UnsupportedModule(
                 f"module '{name}' is trained as a {type(module).__name__}; only LoRA on linear "
-                "layers and whole linear layers (modules_to_save) are audited."
+                "layers and whole modules (modules_to_save) are audited."
             )
     if not factors:
         raise NoTrackedModules(f"adapter '{adapter}' has no LoRA layer; check its target modules.")
@@ -92,11 +105,6 @@ def _active_adapter(model: nn.Module) -> str:
         raise UnsupportedModule(
             f"adapter '{adapter}' trains biases (bias='{config.bias}'); train it with bias='none'."
         )
-    if config.fan_in_fan_out:
-        raise UnsupportedModule(
-            f"adapter '{adapter}' has fan_in_fan_out set (Conv1D layers, as in GPT-2); "
-            "only linear layers are audited."
-        )
     return adapter
 
 
@@ -109,44 +117,57 @@ def _read_factors(name: str, module: nn.Module, adapter: str) -> LoraFactors | N
     if adapter not in layer.lora_A:
         return None
     base = layer.get_base_layer()
-    if not isinstance(base, nn.Linear) or not base.weight.is_floating_point():
+    if not is_linear_like(base) or not base.weight.is_floating_point():
         raise UnsupportedModule(
             f"module '{name}' has LoRA on a {type(base).__name__} "
             f"of {getattr(getattr(base, 'weight', None), 'dtype', 'unknown type')}; "
             "only linear layers with unquantised weights are audited."
         )
-    variant = layer.lora_variant.get(adapter)
-    if variant is not None or layer.use_dora.get(adapter, False):
-        kind = type(variant).__name__ if variant is not None else "DoRA"
+    is_transposed = not isinstance(base, nn.Linear)
+    if bool(layer.fan_in_fan_out) != is_transposed:
         raise UnsupportedModule(
-            f"module '{name}' uses the LoRA variant {kind}; only plain LoRA is audited."
+            f"module '{name}' is a {type(base).__name__}, but its adapter has "
+            f"fan_in_fan_out={layer.fan_in_fan_out}; train it with fan_in_fan_out={is_transposed}."
+        )
+    variant = layer.lora_variant.get(adapter)
+    uses_dora = layer.use_dora.get(adapter, False)
+    if variant is not None and not uses_dora:
+        raise UnsupportedModule(
+            f"module '{name}' uses the LoRA variant {type(variant).__name__}; "
+            "only plain LoRA and DoRA are audited."
         )
     if layer.lora_bias.get(adapter, False):
         raise UnsupportedModule(
             f"module '{name}' has a bias in its LoRA factors; train it with lora_bias=False."
         )
-    return LoraFactors(
+    factors = LoraFactors(
         a_RI=layer.lora_A[adapter].weight.detach().float().clone(),
         b_OR=layer.lora_B[adapter].weight.detach().float().clone(),
         scaling=float(layer.scaling[adapter]),
     )
+    if not uses_dora:
+        return factors
+    weight_OI = base.weight.detach().T if is_transposed else base.weight.detach()
+    magnitude_O = layer.lora_magnitude_vector[adapter].weight.detach().float().clone()
+    if bool((magnitude_O == 0).any()):
+        raise UnsupportedModule(
+            f"module '{name}' has a zero in DoRA's magnitude vector; only nonzero ones are audited."
+        )
+    length_O = torch.linalg.vector_norm(
+        weight_OI.float() + factors.scaling * factors.b_OR @ factors.a_RI, dim=1
+    )
+    return replace(factors, magnitude_O=magnitude_O, gain_O=magnitude_O / length_O)
 
 
-def _saved_linears(name: str, wrapper: nn.Module, adapter: str) -> list[str]:
+def _saved_modules(name: str, wrapper: nn.Module, adapter: str) -> list[str]:
     copies: Any = wrapper.modules_to_save
     if adapter not in copies:
         return []
-    names = []
-    for path, module in copies[adapter].named_modules():
-        full_name = f"{name}.{path}" if path else name
-        if isinstance(module, nn.Linear):
-            names.append(full_name)
-        elif next(module.parameters(recurse=False), None) is not None:
-            raise UnsupportedModule(
-                f"module '{full_name}' ({type(module).__name__}) is trained beside the adapter; "
-                "only linear layers may stand in modules_to_save."
-            )
-    return names
+    return [
+        f"{name}.{path}" if path else name
+        for path, module in copies[adapter].named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
 
 
 def _refuse_shared_weights(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Skip the rows of a backward pass that are zero anyway.
 
-A classifier reads one position of each sample, so the gradient of everything position-wise in the
-last block is zero at all other positions; autograd would multiply the zeros.
+A classifier reads one position of each sample and a language model is judged by the tokens of its
+completions only, so the gradient of everything position-wise in the last block is zero at all other
+positions; autograd would multiply the zeros.
 
 Shapes: N rows (batch times sequence), I/O input and output features.
 """
@@ -44,12 +45,15 @@ class _RowSparseLinear(torch.autograd.Function):
 
 
 def skip_zero_rows(block: nn.Module) -> None:
-    """Make every plain linear layer of a frozen block skip zero rows in its backward pass."""
+    """Make every plain linear layer and Conv1D of a frozen block skip zero rows backwards."""
     for module in block.modules():
-        if type(module) is nn.Linear:
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+        is_transposed = type(module).__name__ == "Conv1D"
+        if type(module) is nn.Linear or is_transposed:
+            forward = partial(_forward, module, is_transposed=is_transposed)
+            module.forward = forward
 
 
-def _forward(module: nn.Linear, x: Tensor) -> Tensor:
-    result: Tensor = _RowSparseLinear.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
+def _forward(module: nn.Module, x: Tensor, *, is_transposed: bool) -> Tensor:
+    weight_OI: Any = module.weight.T if is_transposed else module.weight
+    result: Tensor = _RowSparseLinear.apply(x, weight_OI, module.bias)  # type: ignore[no-untyped-call]
     return result
