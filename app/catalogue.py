@@ -9,13 +9,36 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.catalogue_texts import AGGREGATION_TEXTS, ESTIMATOR_TEXTS, Text
+
+Need = Literal[
+    "validation",
+    "known_noise",
+    "curvature",
+    "checkpoints",
+    "word_embeddings",
+    "hidden_states",
+    "classes",
+]
+Task = Literal["classification", "causal_lm"]
+
 
 class EstimatorName(StrEnum):
     """How influence is estimated."""
 
     GRAD_DOT = "grad_dot"
     GRAD_COSINE = "grad_cosine"
+    GRAD_COVARIANCE = "grad_covariance"
     DATAINF = "datainf"
+    DATAINF_SELF = "datainf_self"
+    LISSA = "lissa"
+    GAUSS_NEWTON = "gauss_newton"
+    EKFAC = "ekfac"
+    TRACIN = "tracin"
+    TRACIN_WE = "tracin_we"
+    TRACIN_WE_TOPK = "tracin_we_topk"
+    OUTLIER_GRADIENT = "outlier_gradient"
+    REPSIM = "repsim"
     SELF_INFLUENCE = "self_influence"
     LOSS = "loss"
     RANDOM = "random"
@@ -28,6 +51,23 @@ class AggregationName(StrEnum):
     MEAN = "mean"
     RANK = "rank"
     VOTE = "vote"
+    TRIMMED_MEAN = "trimmed_mean"
+    MEDIAN = "median"
+    MIN = "min"
+    COMMON_SET = "common_set"
+
+
+class Parameter(BaseModel):
+    """A number that a request may set, between `minimum` and `maximum`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    minimum: float = Field(description="The least that is allowed.")
+    maximum: float = Field(description="The most that is allowed.")
+    default: float
+    is_whole: bool = Field(False, description="Whether it must be a whole number.")
+    description: str
 
 
 class Estimator(BaseModel):
@@ -36,32 +76,32 @@ class Estimator(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: EstimatorName
-    kind: Literal["pairwise", "sample", "baseline"] = Field(
+    kind: Literal["pairwise", "class", "sample", "baseline"] = Field(
         description="pairwise: an influence for every pair of a training and a validation sample; "
-        "sample: one number per training sample and layer; baseline: one number per sample."
+        "class: one for every pair of a training sample and a class; sample: one number per "
+        "training sample and layer; baseline: one number per sample."
     )
     formula: str
-    description: str
-    has_layers: bool = Field(description="Whether it has a value for every layer.")
-    needs_curvature: bool = Field(
-        description="Whether it needs further passes over the training gradients."
+    description: str = Field(description="What it does, and when to use it.")
+    parameters: list[Parameter] = Field(
+        [], description="What estimator_parameters of an audit may set."
     )
-    needs_known_noise: bool = False
     cost: float = Field(
-        description="Time of the gradient and influence stages, relative to grad_dot alone."
+        description="Time of the gradient and influence stages with this estimator alone, relative "
+        "to grad_dot; tracin's is for each checkpoint."
     )
-
-
-class AggregationParameter(BaseModel):
-    """A parameter of an aggregation."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    minimum: float
-    maximum: float
-    default: float
-    description: str
+    cost_class: Literal["free", "dot", "second pass", "checkpoints"] = Field(
+        description="free: comes with any audit; dot: from the pass over the training set that "
+        "every audit makes; second pass: sums over all training gradients first; checkpoints: a "
+        "pass over both sets for every checkpoint."
+    )
+    needs: list[Need] = Field(
+        description="What the audit must have: a validation set, known_noise (a noise column or "
+        "plant_noise), checkpoints (two or more), classes; and what the service works out for it: "
+        "curvature, word_embeddings, hidden_states."
+    )
+    has_layers: bool = Field(description="Whether it has a value for every layer.")
+    tasks: list[Task] = Field(description="The tasks that it works for.")
 
 
 class Aggregation(BaseModel):
@@ -71,114 +111,176 @@ class Aggregation(BaseModel):
 
     name: AggregationName
     formula: str
-    description: str
-    parameters: list[AggregationParameter] = []
+    description: str = Field(description="What it does, and when to use it.")
+    parameters: list[Parameter] = Field([], description="What the ranking of an audit may set.")
+
+
+_TASKS: list[Task] = ["classification", "causal_lm"]
+_DAMPING = Parameter(
+    name="damping",
+    minimum=1e-4,
+    maximum=100.0,
+    default=0.1,
+    description="λ as a share of the mean eigenvalue of a module's curvature. More of it comes "
+    "nearer to grad_dot.",
+)
+
+
+def _estimator(
+    name: EstimatorName,
+    *needs: Need,
+    kind: Literal["pairwise", "class", "sample", "baseline"] = "pairwise",
+    cost_class: Literal["free", "dot", "second pass", "checkpoints"] = "dot",
+    cost: float = 1.0,
+    parameters: tuple[Parameter, ...] = (),
+) -> Estimator:
+    text: Text = ESTIMATOR_TEXTS[name]
+    return Estimator(
+        name=name,
+        kind=kind,
+        formula=text.formula,
+        description=text.description,
+        parameters=list(parameters),
+        cost=cost,
+        cost_class=cost_class,
+        needs=list(needs),
+        has_layers=kind != "baseline",
+        tasks=["classification"] if "classes" in needs else _TASKS,
+    )
+
+
+def _aggregation(name: AggregationName, *parameters: Parameter) -> Aggregation:
+    text = AGGREGATION_TEXTS[name]
+    return Aggregation(
+        name=name,
+        formula=text.formula,
+        description=text.description,
+        parameters=list(parameters),
+    )
 
 
 ESTIMATORS: dict[str, Estimator] = {
     estimator.name: estimator
     for estimator in (
-        Estimator(
-            name=EstimatorName.GRAD_DOT,
-            kind="pairwise",
-            formula="v_j · g_i",
-            description="TracIn at one checkpoint: fast, but a few large gradients decide; "
-            "combine it with vote.",
-            has_layers=True,
-            needs_curvature=False,
-            cost=1.0,
-        ),
-        Estimator(
-            name=EstimatorName.GRAD_COSINE,
-            kind="pairwise",
-            formula="v_j · g_i / (‖v_j‖ ‖g_i‖)",
-            description="The dot product without the lengths of the gradients: a robust default "
-            "with rank.",
-            has_layers=True,
-            needs_curvature=False,
-            cost=1.0,
-        ),
-        Estimator(
-            name=EstimatorName.DATAINF,
-            kind="pairwise",
-            formula="(1/λ) [v_j·g_i − (1/n) Σ_k (v_j·g_k)(g_k·g_i) / (λ + ‖g_k‖²)], "
-            "λ = mean ‖g_k‖² / (10 d)",
-            description="A closed-form inverse Hessian for adapters (Kwon et al. 2024): often the "
-            "best on language models, with rank or vote.",
-            has_layers=True,
-            needs_curvature=True,
+        _estimator(EstimatorName.GRAD_DOT, "validation"),
+        _estimator(EstimatorName.GRAD_COSINE, "validation"),
+        _estimator(EstimatorName.GRAD_COVARIANCE, "validation"),
+        _estimator(
+            EstimatorName.DATAINF,
+            *("validation", "curvature"),
+            cost_class="second pass",
             cost=1.2,
+            parameters=(_DAMPING,),
         ),
-        Estimator(
-            name=EstimatorName.SELF_INFLUENCE,
-            kind="sample",
-            formula="−‖g_i‖²",
-            description="How hard a sample pulls on the model; tells outliers without looking at "
-            "the validation set.",
-            has_layers=True,
-            needs_curvature=False,
-            cost=1.0,
+        _estimator(EstimatorName.DATAINF_SELF, "validation"),
+        _estimator(
+            EstimatorName.LISSA,
+            *("validation", "curvature"),
+            cost_class="second pass",
+            cost=1.4,
+            parameters=(
+                _DAMPING,
+                Parameter(
+                    name="steps",
+                    minimum=1,
+                    maximum=10_000,
+                    default=10,
+                    is_whole=True,
+                    description="Steps of the series; with more it comes nearer to gauss_newton.",
+                ),
+            ),
         ),
-        Estimator(
-            name=EstimatorName.LOSS,
-            kind="baseline",
-            formula="−loss(x_i)",
-            description="The plain loss at the checkpoint: the baseline that influence must beat.",
-            has_layers=False,
-            needs_curvature=False,
-            cost=1.0,
+        _estimator(
+            EstimatorName.GAUSS_NEWTON,
+            *("validation", "curvature"),
+            cost_class="second pass",
+            cost=1.2,
+            parameters=(_DAMPING,),
         ),
-        Estimator(
-            name=EstimatorName.RANDOM,
-            kind="baseline",
-            formula="a seeded draw",
-            description="Chance, to compare with.",
-            has_layers=False,
-            needs_curvature=False,
-            cost=1.0,
+        _estimator(
+            EstimatorName.EKFAC,
+            *("validation", "curvature"),
+            cost_class="second pass",
+            cost=1.2,
+            parameters=(_DAMPING,),
         ),
-        Estimator(
-            name=EstimatorName.ORACLE,
-            kind="baseline",
-            formula="known noise first",
-            description="The best that is possible, where the noise is known.",
-            has_layers=False,
-            needs_curvature=False,
-            needs_known_noise=True,
-            cost=1.0,
+        _estimator(EstimatorName.TRACIN, "validation", "checkpoints", cost_class="checkpoints"),
+        _estimator(EstimatorName.TRACIN_WE, "validation", "word_embeddings", cost=1.1),
+        _estimator(
+            EstimatorName.TRACIN_WE_TOPK,
+            *("validation", "word_embeddings"),
+            cost=1.1,
+            parameters=(
+                Parameter(
+                    name="num_tokens",
+                    minimum=1,
+                    maximum=1000,
+                    default=10,
+                    is_whole=True,
+                    description="How many tokens of each text count.",
+                ),
+            ),
         ),
+        _estimator(
+            EstimatorName.OUTLIER_GRADIENT,
+            *("validation", "classes"),
+            kind="class",
+            cost=1.1,
+            parameters=(
+                Parameter(
+                    name="nu",
+                    minimum=0.01,
+                    maximum=1.0,
+                    default=0.5,
+                    description="The share of a class's validation samples that may lie outside.",
+                ),
+            ),
+        ),
+        _estimator(EstimatorName.REPSIM, "validation", "hidden_states"),
+        _estimator(EstimatorName.SELF_INFLUENCE, kind="sample"),
+        _estimator(EstimatorName.LOSS, kind="baseline", cost_class="free"),
+        _estimator(EstimatorName.RANDOM, kind="baseline", cost_class="free"),
+        _estimator(EstimatorName.ORACLE, "known_noise", kind="baseline", cost_class="free"),
     )
 }
 
 AGGREGATIONS: dict[str, Aggregation] = {
     aggregation.name: aggregation
     for aggregation in (
-        Aggregation(
-            name=AggregationName.MEAN,
-            formula="mean of I[l, j, i] over modules l and validation samples j",
-            description="The classic; a few modules or validation samples with large gradients "
-            "can decide it.",
+        _aggregation(AggregationName.MEAN),
+        _aggregation(AggregationName.RANK),
+        _aggregation(
+            AggregationName.VOTE,
+            Parameter(
+                name="vote_fraction",
+                minimum=0.0,
+                maximum=1.0,
+                default=0.3,
+                description="k as a share of the training samples, above 0; 10–20 % for many "
+                "classes, 30–50 % for two.",
+            ),
         ),
-        Aggregation(
-            name=AggregationName.RANK,
-            formula="mean over (l, j) of the rank of i among all training samples, 0 = lowest",
-            description="Every module and validation sample has the same weight: the default.",
+        _aggregation(
+            AggregationName.TRIMMED_MEAN,
+            Parameter(
+                name="trim_fraction",
+                minimum=0.0,
+                maximum=0.5,
+                default=0.1,
+                description="The share of the columns that is cut off at each end, below 0.5.",
+            ),
         ),
-        Aggregation(
-            name=AggregationName.VOTE,
-            formula="−Σ over (l, j) of max(k − rank, 0)",
-            description="Only the k lowest of every column vote; makes the choice of layers "
-            "nearly harmless for grad_dot and datainf.",
-            parameters=[
-                AggregationParameter(
-                    name="vote_fraction",
-                    minimum=0.0,
-                    maximum=1.0,
-                    default=0.3,
-                    description="k as a share of the training samples, above 0; "
-                    "10–20 % for many classes, 30–50 % for two.",
-                )
-            ],
+        _aggregation(AggregationName.MEDIAN),
+        _aggregation(AggregationName.MIN),
+        _aggregation(
+            AggregationName.COMMON_SET,
+            Parameter(
+                name="common_share",
+                minimum=0.0,
+                maximum=1.0,
+                default=0.5,
+                description="The share of the columns that must have listed a sample, above 0.",
+            ),
         ),
     )
 }

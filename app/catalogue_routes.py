@@ -10,7 +10,7 @@ router = APIRouter(prefix="/v1", tags=["catalogue"])
 
 @router.get("/estimators", summary="List estimators")
 def list_estimators(_tenant: TenantDep) -> list[Estimator]:
-    """List how influence can be estimated, with formula and cost."""
+    """List how influence can be estimated: when to use what, parameters, cost and needs."""
     return list(ESTIMATORS.values())
 
 

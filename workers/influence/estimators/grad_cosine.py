@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from workers.influence.estimators.base import DotEstimator
+from workers.influence.estimators.base import DotEstimator, RowStatistics
+from workers.influence.estimators.lengths import reciprocal
 
 
 class GradCosine(DotEstimator):
@@ -15,11 +16,7 @@ class GradCosine(DotEstimator):
     )
 
     def influence(
-        self, *, dot_VB: Tensor, validation_norm_V: Tensor, train_norm_B: Tensor
+        self, *, dot_VB: Tensor, validation: RowStatistics, train: RowStatistics
     ) -> Tensor:
         # the reciprocals one after the other: the product of two small norms may underflow
-        return dot_VB * _reciprocal(validation_norm_V)[:, None] * _reciprocal(train_norm_B)
-
-
-def _reciprocal(norm: Tensor) -> Tensor:
-    return norm.reciprocal().masked_fill(norm == 0, 0.0)
+        return dot_VB * reciprocal(validation.norm_N)[:, None] * reciprocal(train.norm_N)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from workers.influence.estimators.base import DotEstimator
+from workers.influence.estimators.base import DotEstimator, RowStatistics
 
 
 class GradDot(DotEstimator):
@@ -18,7 +18,7 @@ class GradDot(DotEstimator):
         self,
         *,
         dot_VB: Tensor,
-        validation_norm_V: Tensor,  # noqa: ARG002 - the dot product is the whole estimate
-        train_norm_B: Tensor,  # noqa: ARG002
+        validation: RowStatistics,  # noqa: ARG002 - the dot product is the whole estimate
+        train: RowStatistics,  # noqa: ARG002
     ) -> Tensor:
         return dot_VB

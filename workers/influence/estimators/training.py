@@ -1,0 +1,105 @@
+"""The gradients of all training samples by one module, as a stream that can be read again.
+
+Shapes: B a block of training samples, d entries of the module.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from workers.influence.errors import InsufficientMemory
+from workers.influence.kronecker import KroneckerSums
+from workers.influence.layers import ModuleSpec
+
+MAX_GRAM_BYTES = 4 * 10**9
+
+_FLOAT64 = 8
+_PANEL = 512
+_WIDE_ENTRIES = 2**22
+_MIN_WIDE_ROWS = 64
+
+
+@dataclass(eq=False)
+class TrainingGradients:
+    """One module's gradients g_k of ALL training samples, and what is known of them.
+
+    Attributes:
+        num_samples: n, how many samples count; rows of zeros beside them change nothing.
+        mean_squared_norm: mean of ‖g_k‖² over them.
+        spec: the module.
+        kronecker: the sums that EK-FAC makes the eigenbasis of; None where there are none.
+        blocks: gives a fresh iterator over the gradients, float32 [B, d], in a fixed order.
+        max_gram_bytes: how much one [d, d] matrix may take.
+    """
+
+    num_samples: int
+    mean_squared_norm: float
+    spec: ModuleSpec
+    kronecker: KroneckerSums | None
+    blocks: Callable[[], Iterator[Tensor]] = field(repr=False)
+    max_gram_bytes: int = MAX_GRAM_BYTES
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """Mean eigenvalue of GᵀG/n, which is mean ‖g_k‖² / d."""
+        return self.mean_squared_norm / self.spec.num_parameters
+
+    def wide_blocks(self) -> Iterator[Tensor]:
+        """Iterate over the same rows in float64, in blocks that are worth a matrix product."""
+        wide_rows = max(_MIN_WIDE_ROWS, _WIDE_ENTRIES // self.spec.num_parameters)
+        waiting: list[Tensor] = []
+        num_waiting = 0
+        for block_Bd in self.blocks():
+            waiting.append(block_Bd.double())
+            num_waiting += len(block_Bd)
+            if num_waiting >= wide_rows:
+                yield torch.cat(waiting)
+                waiting, num_waiting = [], 0
+        if waiting:
+            yield torch.cat(waiting)
+
+    @property
+    def fits_gram(self) -> bool:
+        """Whether `gram` is small enough to be held."""
+        return self._gram_bytes <= self.max_gram_bytes
+
+    def gram(self) -> Tensor:
+        """Return GᵀG, float64 [d, d], summed in one pass and kept.
+
+        Raises:
+            InsufficientMemory: it is larger than `max_gram_bytes`.
+        """
+        if not self.fits_gram:
+            raise InsufficientMemory(
+                f"module '{self.spec.name}' has {self.spec.num_parameters:,} parameters, and its "
+                f"exact curvature takes {self._gram_bytes / 1e9:.1f} GB (at most "
+                f"{self.max_gram_bytes / 1e9:.1f} GB). Use adapters of a lower rank, a smaller "
+                "projection dimension, or the estimator datainf or ekfac."
+            )
+        return self._gram
+
+    @property
+    def _gram_bytes(self) -> int:
+        return _FLOAT64 * self.spec.num_parameters**2
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        d = self.spec.num_parameters
+        gram_dd: Tensor | None = None
+        for block_Bd in self.wide_blocks():
+            if gram_dd is None:
+                gram_dd = block_Bd.new_zeros(d, d)
+            # the panels on and above the diagonal: half of a symmetric product
+            for start in range(0, d, _PANEL):
+                gram_dd[start : start + _PANEL, start:].addmm_(
+                    block_Bd[:, start : start + _PANEL].T, block_Bd[:, start:]
+                )
+        if gram_dd is None:
+            return torch.zeros(d, d, dtype=torch.float64)
+        for start in range(0, d, _PANEL):
+            stop = start + _PANEL
+            gram_dd[stop:, start:stop] = gram_dd[start:stop, stop:].T
+        return gram_dd
