@@ -1,14 +1,19 @@
 """The columns that an audit reads from a dataset, checked and brought to one form.
 
-The normalised form, batch by batch: text string, text_pair string or null, label string or int64,
-is_noisy bool or null. Rows are counted from 1, as a person counts them; a header is no row.
+The normalised form, batch by batch: text string, text_pair string or null, label string or int64
+or null, is_noisy bool or null. What text and text_pair hold depends on the kind of the dataset:
+the text and its pair (classification), the prompt and the completion, or all messages as JSON and
+nothing (chat). Rows are counted from 1, as a person counts them; a header is no row.
 """
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from app.errors import FieldConflict
 
 DatasetErrorCode = Literal[
     "unreadable_file",
@@ -19,6 +24,7 @@ DatasetErrorCode = Literal[
     "mixed_labels",
     "empty_value",
     "bad_text",
+    "bad_messages",
     "text_too_long",
     "bad_encoding",
     "malformed_row",
@@ -27,29 +33,63 @@ DatasetErrorCode = Literal[
     "too_few_labels",
     "too_many_labels",
 ]
-ColumnField = Literal["text", "text_pair", "label", "noise"]
+ColumnField = Literal["text", "text_pair", "label", "prompt", "completion", "messages", "noise"]
+DatasetKind = Literal["classification", "completion", "chat"]
 
 NUL = "\x00"
+_KIND_OF_FIELD: dict[ColumnField, DatasetKind] = {
+    "text": "classification",
+    "text_pair": "classification",
+    "label": "classification",
+    "prompt": "completion",
+    "completion": "completion",
+    "messages": "chat",
+}
+_REQUIRED: dict[DatasetKind, tuple[ColumnField, ...]] = {
+    "classification": ("text", "label"),
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+}
+
+
+def _name(description: str) -> Any:  # noqa: ANN401  pydantic's own type of a field's default
+    return Field(None, min_length=1, max_length=200, description=description)
 
 
 class ColumnNames(BaseModel):
-    """Which columns of the file hold what."""
+    """Which columns of the file hold what: a labelled text, a prompt and its completion, or a chat.
+
+    Exactly one of the three; without any, text and label.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: str = Field("text", min_length=1, max_length=200, description="The column of texts.")
-    text_pair: str | None = Field(
-        None, min_length=1, max_length=200, description="The second text, for tasks on pairs."
+    text: str | None = _name("The column of texts. Default: text, unless another kind is named.")
+    text_pair: str | None = _name("The second text, for tasks on pairs.")
+    label: str | None = _name("Class labels: integers or strings. Default: label, as for text.")
+    prompt: str | None = _name("For a causal language model: what is given to it.")
+    completion: str | None = _name("What it should write; the loss is on this alone.")
+    messages: str | None = _name(
+        "Instead of both: a chat, a list of {role, content} that ends with the assistant's answer."
     )
-    label: str = Field(
-        "label", min_length=1, max_length=200, description="Class labels: integers or strings."
+    noise: str | None = _name(
+        "True or 1 where a label or completion is known to be wrong; only used to measure."
     )
-    noise: str | None = Field(
-        None,
-        min_length=1,
-        max_length=200,
-        description="True or 1 where a label is known to be wrong; only used to measure.",
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind(cls, value: Any) -> Any:  # noqa: ANN401  whatever was sent
+        if not isinstance(value, Mapping):
+            return value
+        kind = kind_of_fields(value) or "classification"
+        return {**{field: field for field in _REQUIRED[kind]}, **_given(value)}
+
+    @property
+    def kind(self) -> DatasetKind:
+        """What a row is."""
+        if self.messages is not None:
+            return "chat"
+        return "completion" if self.prompt is not None else "classification"
 
     def by_field(self) -> dict[ColumnField, str]:
         """Return the columns that are asked for, by what they hold."""
@@ -57,9 +97,59 @@ class ColumnNames(BaseModel):
             "text": self.text,
             "text_pair": self.text_pair,
             "label": self.label,
+            "prompt": self.prompt,
+            "completion": self.completion,
+            "messages": self.messages,
             "noise": self.noise,
         }
         return {field: name for field, name in names.items() if name is not None}
+
+
+def _given(names: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: name for field, name in names.items() if name is not None}
+
+
+def kind_of_fields(names: Mapping[str, Any], *, suffix: str = "") -> DatasetKind | None:
+    """Return the kind of dataset that the named columns make, None if they do not tell.
+
+    Args:
+        names: the columns by what they hold; None for those that are not named.
+        suffix: of the fields, where the error should name them.
+
+    Raises:
+        FieldConflict: they belong to more than one kind.
+    """
+    first: ColumnField | None = None
+    for field, kind in _KIND_OF_FIELD.items():
+        if names.get(field) is None:
+            continue
+        if first is not None and kind != _KIND_OF_FIELD[first]:
+            raise FieldConflict(
+                field + suffix,
+                message=f"{field}{suffix} and {first}{suffix} do not go together; name text and "
+                "label, or prompt and completion, or messages",
+            )
+        first = first or field
+    return _KIND_OF_FIELD[first] if first is not None else None
+
+
+def columns_by_header(present: Sequence[str], *, noise: str | None = None) -> ColumnNames:
+    """Return the columns of a file by their usual names; text and label if it has none of them.
+
+    Args:
+        present: the names of all columns of the file.
+        noise: the column that marks known noise, if one does.
+    """
+    for required in _REQUIRED.values():
+        if set(required) <= set(present):
+            return ColumnNames(**{field: field for field in required}, noise=noise)
+    return ColumnNames(noise=noise)
+
+
+def default_columns(task: Literal["classification", "causal_lm"]) -> ColumnNames:
+    """Return the columns that are read for a task when nothing else is said."""
+    kind: DatasetKind = "classification" if task == "classification" else "completion"
+    return ColumnNames(**{field: field for field in _REQUIRED[kind]})
 
 
 class DatasetLimits(BaseModel):
@@ -68,7 +158,10 @@ class DatasetLimits(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     max_rows: int = Field(2_000_000, gt=0)
-    max_text_chars: int = Field(100_000, gt=0, description="Characters of one text.")
+    max_text_chars: int = Field(
+        100_000, gt=0, description="Characters of one text, or of all messages of a chat."
+    )
+    max_messages: int = Field(200, gt=1, description="Messages of one chat.")
     max_label_chars: int = Field(200, gt=0)
     max_columns: int = Field(1_000, gt=0)
     max_line_bytes: int = Field(16 * 1024**2, gt=0, description="Bytes of a line in CSV or JSONL.")
@@ -81,7 +174,7 @@ class DatasetError(Exception):
 
     Attributes:
         code: stable, for programs.
-        field: the column option concerned (text, text_pair, label or noise), or None.
+        field: the column option concerned, such as text or label, or None.
         row: the row concerned, counted from 1, or None.
     """
 
@@ -141,7 +234,7 @@ def normalise_text(column: Column, *, limits: DatasetLimits) -> pa.StringArray:
     column.refuse_where(
         array.is_null(), "empty_value", "is empty; give every row a text, or leave the row out"
     )
-    _check_strings(column, max_chars=limits.max_text_chars, code="text_too_long")
+    check_strings(column, max_chars=limits.max_text_chars, code="text_too_long")
     text = array.cast(pa.string())
     blank = pc.equal(pc.utf8_trim_whitespace(text), "")
     column.refuse_where(
@@ -159,7 +252,7 @@ def normalise_label(column: Column, *, limits: DatasetLimits) -> pa.Array:
     column.refuse_where(array.is_null(), "empty_value", missing)
     value_type = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
     if is_string(array.type):
-        _check_strings(column, max_chars=limits.max_label_chars, code="text_too_long")
+        check_strings(column, max_chars=limits.max_label_chars, code="text_too_long")
         label = array.cast(pa.string())
         column.refuse_where(pc.equal(label, ""), "empty_value", missing)
         return label
@@ -217,7 +310,7 @@ def is_string(data_type: pa.DataType) -> bool:
     )
 
 
-def _check_strings(column: Column, *, max_chars: int, code: DatasetErrorCode) -> None:
+def check_strings(column: Column, *, max_chars: int, code: DatasetErrorCode) -> None:
     """Raise unless every string is valid UTF-8, without NUL and short enough."""
     array = column.array
     is_dictionary = pa.types.is_dictionary(array.type)

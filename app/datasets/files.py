@@ -17,14 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.datasets.columns import (
     Column,
+    ColumnField,
     ColumnNames,
     DatasetError,
     DatasetErrorCode,
+    DatasetKind,
     DatasetLimits,
     normalise_label,
     normalise_noise,
     normalise_text,
 )
+from app.datasets.messages import normalise_messages, read_messages
 from app.datasets.readers import FileColumn, FileFormat, RawTable, open_table
 
 __all__ = [
@@ -57,14 +60,19 @@ class DatasetSummary(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    kind: DatasetKind = "classification"
     num_rows: int
-    label_type: Literal["integer", "string"]
+    label_type: Literal["integer", "string"] | None = Field(
+        description="None for prompts with completions and for chats."
+    )
     labels: tuple[int, ...] | tuple[str, ...] = Field(description="Every label, in sorted order.")
     label_counts: dict[str, int] = Field(description="Rows of each label, in the same order.")
     has_text_pair: bool
     num_noisy: int | None = Field(description="Rows marked as known noise, if a column marks them.")
-    longest_text_chars: int = Field(description="Characters of the longest text, pair included.")
-    mean_text_chars: float = Field(description="Mean characters of a text, pair included.")
+    longest_text_chars: int = Field(
+        description="Characters of the longest text, prompt, completion or chat."
+    )
+    mean_text_chars: float = Field(description="Mean characters of a row's texts together.")
     columns: tuple[FileColumn, ...] = Field(description="All columns of the file and their types.")
 
 
@@ -136,8 +144,9 @@ def read_dataset(
     What only the whole file can tell (the number of labels, that there are rows) is not checked.
 
     Returns:
-        Batches of text string, text_pair string (null without such a column), label string or
-        int64, is_noisy bool (null without such a column); rows in the file's order.
+        Batches of text string, text_pair string, label string or int64, is_noisy bool; rows in
+        the file's order. What there is no column for is null. Prompts are texts and completions
+        their pairs; a chat is a text: JSON that `read_messages` reads.
 
     Raises:
         DatasetError: on opening, or while iterating.
@@ -199,19 +208,34 @@ def _normalised_batches(
             field: Column(raw.column(name), name=name, field=field, first_row=num_rows + 1)
             for field, name in names.items()
         }
-        pair, noise = column.get("text_pair"), column.get("noise")
-        nulls = pa.nulls(raw.num_rows)
-        yield pa.record_batch(
-            {
-                "text": normalise_text(column["text"], limits=limits),
-                "text_pair": normalise_text(pair, limits=limits)
-                if pair
-                else nulls.cast(pa.string()),
-                "label": normalise_label(column["label"], limits=limits),
-                "is_noisy": normalise_noise(noise) if noise else nulls.cast(pa.bool_()),
-            }
-        )
+        yield pa.record_batch(_normalised(column, kind=columns.kind, limits=limits))
         num_rows += raw.num_rows
+
+
+def _normalised(
+    column: dict[ColumnField, Column], *, kind: DatasetKind, limits: DatasetLimits
+) -> dict[str, pa.Array]:
+    def texts(field: ColumnField) -> pa.Array:
+        return normalise_text(column[field], limits=limits)
+
+    pair = label = noise = None
+    match kind:
+        case "classification":
+            text, pair = texts("text"), texts("text_pair") if "text_pair" in column else None
+            label = normalise_label(column["label"], limits=limits)
+        case "completion":
+            text, pair = texts("prompt"), texts("completion")
+        case "chat":
+            text = normalise_messages(column["messages"], limits=limits)
+    if "noise" in column:
+        noise = normalise_noise(column["noise"])
+    nulls = pa.nulls(len(text))
+    return {
+        "text": text,
+        "text_pair": nulls.cast(pa.string()) if pair is None else pair,
+        "label": nulls.cast(pa.string()) if label is None else label,
+        "is_noisy": nulls.cast(pa.bool_()) if noise is None else noise,
+    }
 
 
 class _Tally:
@@ -228,11 +252,12 @@ class _Tally:
 
     def add(self, batch: pa.RecordBatch) -> None:
         self._num_rows += batch.num_rows
-        for name in ("text", "text_pair"):
-            num_chars = pc.utf8_length(batch.column(name))
+        for num_chars in self._lengths(batch):
             self._num_chars += pc.sum(num_chars, min_count=0).as_py()
             self._longest = max(self._longest, pc.max(num_chars).as_py() or 0)
         self._num_noisy += pc.sum(batch.column("is_noisy"), min_count=0).as_py()
+        if self._columns.kind != "classification":
+            return
         for item in pc.value_counts(batch.column("label")):
             self._count_of_label[item["values"].as_py()] += item["counts"].as_py()
         if len(self._count_of_label) > self._limits.max_labels:
@@ -243,20 +268,32 @@ class _Tally:
                 field="label",
             )
 
+    def _lengths(self, batch: pa.RecordBatch) -> list[pa.Array]:
+        """Return the characters of every text, and of every pair."""
+        if self._columns.kind == "chat":
+            chats = [read_messages(text.as_py()) for text in batch["text"]]
+            return [pa.array([sum(len(of["content"]) for of in chat) for chat in chats])]
+        return [pc.utf8_length(batch[name]) for name in ("text", "text_pair")]
+
     def summary(self, columns: tuple[FileColumn, ...]) -> DatasetSummary:
         if self._num_rows == 0:
             raise DatasetError("the file has no rows", code="no_rows")
         labels = sorted(self._count_of_label)
-        if len(labels) < self._limits.min_labels:
+        is_labelled = self._columns.kind == "classification"
+        if is_labelled and len(labels) < self._limits.min_labels:
             raise DatasetError(
                 f"column {self._columns.label!r} has only the label {labels[0]!r}; at least "
                 f"{self._limits.min_labels} distinct labels are needed",
                 code="too_few_labels",
                 field="label",
             )
+        label_type: Literal["integer", "string"] | None = None
+        if is_labelled:
+            label_type = "integer" if isinstance(labels[0], int) else "string"
         return DatasetSummary(
+            kind=self._columns.kind,
             num_rows=self._num_rows,
-            label_type="integer" if isinstance(labels[0], int) else "string",
+            label_type=label_type,
             labels=tuple(labels),
             label_counts={str(label): self._count_of_label[label] for label in labels},
             has_text_pair=self._columns.text_pair is not None,

@@ -20,6 +20,7 @@ from app.datasets.columns import (
     DatasetLimits,
     is_string,
 )
+from app.datasets.messages import as_json, is_messages
 
 FileFormat = Literal["parquet", "jsonl", "csv"]
 
@@ -27,8 +28,22 @@ _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1024**2
 _MAX_NAMES_IN_MESSAGE = 20
 _NUM_SAMPLE_ROWS = 100
+# A page of repetition levels packs millions of list items into a few bytes.
+_MAX_ITEMS_PER_ROW_GROUP = 10_000_000
 # Without sign or leading zeros that a class name would lose by becoming a number.
 _CANONICAL_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}", re.ASCII)
+
+
+_TEXT = {"string", "null"}
+_JSON_TYPES: dict[ColumnField, set[str]] = {
+    "text": _TEXT,
+    "text_pair": _TEXT,
+    "label": {"string", "number", "boolean", "null"},
+    "prompt": _TEXT,
+    "completion": _TEXT,
+    "messages": {"array", "string", "null"},
+    "noise": {"boolean", "number", "string", "null"},
+}
 
 
 class FileColumn(BaseModel):
@@ -62,16 +77,24 @@ def open_table(
     Raises:
         DatasetError: the file cannot be read, or has not the columns.
     """
-    openers: dict[FileFormat, Callable[..., RawTable]] = {
-        "parquet": _open_parquet,
-        "jsonl": _open_jsonl,
-        "csv": _open_csv,
-    }
-    return openers[format](path, columns=columns, limits=limits)
+    return _OPENERS[format](path, names=columns.by_field(), limits=limits)
 
 
-def _open_parquet(path: Path, *, columns: ColumnNames, limits: DatasetLimits) -> RawTable:
-    names = columns.by_field()
+def read_header(
+    path: Path,
+    *,
+    format: FileFormat,  # noqa: A002 — the word of the API
+    limits: DatasetLimits,
+) -> tuple[FileColumn, ...]:
+    """Return all columns of a file; those of JSONL as its first rows have them.
+
+    Raises:
+        DatasetError: the file cannot be read.
+    """
+    return _OPENERS[format](path, names={}, limits=limits).columns
+
+
+def _open_parquet(path: Path, *, names: dict[ColumnField, str], limits: DatasetLimits) -> RawTable:
     try:
         metadata = pq.read_metadata(path)
         schema = metadata.schema.to_arrow_schema()
@@ -86,31 +109,57 @@ def _open_parquet(path: Path, *, columns: ColumnNames, limits: DatasetLimits) ->
             f"{limits.max_rows:,}",
             code="too_many_rows",
         )
+    wanted: dict[str, bool] = {}  # the columns that are read, and whether they hold strings
     for field, name in names.items():
-        if pa.types.is_nested(schema.field(name).type):
+        kind = schema.field(name).type
+        if field == "messages" and is_messages(kind):
+            wanted |= dict.fromkeys(_message_leaves(metadata, name), True)
+        elif pa.types.is_nested(kind):
+            plain = "messages with role and content" if field == "messages" else "plain ones"
             raise DatasetError(
-                f"column {name!r} holds {schema.field(name).type} values, not plain ones",
-                code="wrong_type",
-                field=field,
+                f"column {name!r} holds {kind} values, not {plain}", code="wrong_type", field=field
             )
+        else:
+            wanted[name] = is_string(kind)
     return RawTable(
         columns=tuple(FileColumn(name=item.name, type=str(item.type)) for item in schema),
-        batches=_parquet_batches(path, names=names, schema=schema),
+        batches=_parquet_batches(path, wanted=wanted),
     )
 
 
-def _parquet_batches(
-    path: Path, *, names: dict[ColumnField, str], schema: pa.Schema
-) -> Iterator[pa.RecordBatch]:
-    wanted = list(dict.fromkeys(names.values()))
+def _message_leaves(metadata: pq.FileMetaData, name: str) -> list[str]:
+    """Return the paths of role and content in a column of messages.
+
+    Raises:
+        DatasetError: a row group has more messages than fit into memory.
+    """
+    leaves = []
+    for index in range(metadata.num_columns):
+        path: str = metadata.schema.column(index).path
+        if not path.startswith(f"{name}.") or path.rpartition(".")[2] not in {"role", "content"}:
+            continue
+        leaves.append(path)
+        for number in range(metadata.num_row_groups):
+            num_items = metadata.row_group(number).column(index).num_values
+            if num_items > _MAX_ITEMS_PER_ROW_GROUP:
+                raise DatasetError(
+                    f"column {name!r} has {num_items:,} messages in a row group; write row groups "
+                    f"of at most {_MAX_ITEMS_PER_ROW_GROUP:,}",
+                    code="text_too_long",
+                    field="messages",
+                )
+    return leaves
+
+
+def _parquet_batches(path: Path, *, wanted: dict[str, bool]) -> Iterator[pa.RecordBatch]:
     try:
         file = pq.ParquetFile(
             path,
             # Dictionary-encoded, so that the sizes of texts can be looked at before they unfold.
-            read_dictionary=[name for name in wanted if is_string(schema.field(name).type)],
+            read_dictionary=[name for name, is_text in wanted.items() if is_text],
             buffer_size=_BUFFER_BYTES,  # else a row group's columns are read at once
         )
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(wanted)):
             if batch.num_rows:
                 yield batch
     except (pa.ArrowException, OSError) as error:
@@ -119,8 +168,7 @@ def _parquet_batches(
         ) from error
 
 
-def _open_jsonl(path: Path, *, columns: ColumnNames, limits: DatasetLimits) -> RawTable:
-    names = columns.by_field()
+def _open_jsonl(path: Path, *, names: dict[ColumnField, str], limits: DatasetLimits) -> RawTable:
     sample = list(islice(_json_rows(path, limits=limits), _NUM_SAMPLE_ROWS))
     seen = {name: _json_type(value) for row in reversed(sample) for name, value in row.items()}
     if sample:
@@ -168,37 +216,39 @@ def _jsonl_batches(
                     row=number,
                 )
             kind_of_label = kind if kind != "null" else kind_of_label
-        yield _batch_of_rows([row for _, row in chunk], names=names)
+        yield _batch_of_rows(chunk, names=names)
 
 
 def _check_json_row(row: dict[str, Any], *, row_number: int, names: dict[ColumnField, str]) -> str:
     """Raise unless every value has a type its column may have; return the label's type."""
-    allowed: dict[ColumnField, set[str]] = {
-        "text": {"string", "null"},
-        "text_pair": {"string", "null"},
-        "label": {"string", "number", "boolean", "null"},
-        "noise": {"boolean", "number", "string", "null"},
-    }
     for field, name in names.items():
         kind = _json_type(row.get(name))
-        if kind not in allowed[field]:
-            expected = "a string" if field.startswith("text") else "an integer or a string"
+        if kind not in _JSON_TYPES[field]:
+            expected = {
+                "label": "an integer or a string",
+                "noise": "true or false",
+                "messages": "a list of messages",
+            }.get(field, "a string")
             raise DatasetError(
                 f"row {row_number:,}: column {name!r} is a JSON {kind}; it must be {expected}",
                 code="wrong_type",
                 field=field,
                 row=row_number,
             )
-    return _json_type(row.get(names["label"]))
+    return _json_type(row.get(names["label"])) if "label" in names else "null"
 
 
-def _batch_of_rows(rows: list[dict[str, Any]], *, names: dict[ColumnField, str]) -> pa.RecordBatch:
+def _batch_of_rows(
+    rows: list[tuple[int, dict[str, Any]]], *, names: dict[ColumnField, str]
+) -> pa.RecordBatch:
     arrays: dict[str, pa.Array] = {}
     for field, name in names.items():
-        values = [row.get(name) for row in rows]
+        values = [row.get(name) for _, row in rows]
         try:
             if field == "noise":  # true, 1 and "1" may stand side by side
                 values = [None if value is None else str(value) for value in values]
+            elif field == "messages":
+                values = [as_json(row.get(name), name=name, row=number) for number, row in rows]
             arrays[name] = pa.array(values)
         except (pa.ArrowException, OverflowError) as error:
             raise DatasetError(
@@ -216,8 +266,7 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "object")
 
 
-def _open_csv(path: Path, *, columns: ColumnNames, limits: DatasetLimits) -> RawTable:
-    names = columns.by_field()
+def _open_csv(path: Path, *, names: dict[ColumnField, str], limits: DatasetLimits) -> RawTable:
     header = next(_csv_rows(path, limits=limits), None)
     if header is None:
         raise DatasetError("the file has no rows", code="no_rows")
@@ -260,18 +309,21 @@ def _csv_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Yield strings, the labels as integers if all of them are: a pass over the file tells."""
     rows = _csv_rows(path, limits=limits)
-    label_index = next(rows).index(names["label"])
-    has_integer_labels = all(_CANONICAL_INTEGER.fullmatch(row[label_index]) for row in rows)
-    rows = _csv_rows(path, limits=limits)
     header = next(rows)
+    label = names.get("label")
+    has_integer_labels = label is not None and all(
+        _CANONICAL_INTEGER.fullmatch(row[header.index(label)]) for row in rows
+    )
+    rows = _csv_rows(path, limits=limits)
+    next(rows)
     wanted = {name: header.index(name) for name in names.values()}
     while chunk := list(islice(rows, _BATCH_ROWS)):
         arrays = {
             name: pa.array([row[index] or None for row in chunk], pa.string())
             for name, index in wanted.items()
         }
-        if has_integer_labels:
-            arrays[names["label"]] = arrays[names["label"]].cast(pa.int64())
+        if label is not None and has_integer_labels:
+            arrays[label] = arrays[label].cast(pa.int64())
         yield pa.record_batch(arrays)
 
 
@@ -324,6 +376,13 @@ def _check_columns(
                 code="missing_column",
                 field=field,
             )
+
+
+_OPENERS: dict[FileFormat, Callable[..., RawTable]] = {
+    "parquet": _open_parquet,
+    "jsonl": _open_jsonl,
+    "csv": _open_csv,
+}
 
 
 def _first_line(error: Exception) -> str:

@@ -52,8 +52,9 @@ async def upload_dataset(
 ) -> Dataset:
     """Upload a table once and use it in many audits.
 
-    Every row is checked on arrival: columns, types, the set of labels, empty texts, the number of
-    rows. A file that is refused leaves nothing behind.
+    A row is a labelled text, a prompt with its completion, or a chat. Every row is checked on
+    arrival: columns, types, the set of labels, messages, empty texts, the number of rows. A file
+    that is refused leaves nothing behind.
     """
     async with request.form(max_files=1, max_fields=MAX_FORM_FIELDS) as form:
         file = form.get("file")

@@ -22,6 +22,7 @@ from app.datasets.files import (
     inspect_dataset,
 )
 from app.datasets.models import Dataset
+from app.datasets.readers import read_header
 from app.datasets.schemas import UploadOptions
 from app.datasets.storage import upload_path
 from app.db import new_id, transaction
@@ -36,6 +37,9 @@ _POINTER_OF_FIELD: dict[ColumnField | None, str] = {
     "text": "#/text_column",
     "text_pair": "#/text_pair_column",
     "label": "#/label_column",
+    "prompt": "#/prompt_column",
+    "completion": "#/completion_column",
+    "messages": "#/messages_column",
     "noise": "#/noise_column",
     None: "#/file",
 }
@@ -67,7 +71,6 @@ def store_dataset(
         OSError: the disk is full (the error handlers make it a 507).
     """
     dataset_id = new_id("ds")
-    columns = options.columns()
     with _refusals_as_problems():
         file_format = options.format or guess_format(filename, file.read(HEAD_BYTES))
         file.seek(0)
@@ -75,9 +78,10 @@ def store_dataset(
         with _staging_beside(final.parent) as staging:
             path = staging / final.name
             sha256 = _write(file, path)
-            summary = inspect_dataset(
-                path, format=file_format, columns=columns, limits=dataset_limits(settings)
-            )
+            limits = dataset_limits(settings)
+            header = read_header(path, format=file_format, limits=limits)
+            columns = options.columns([column.name for column in header])
+            summary = inspect_dataset(path, format=file_format, columns=columns, limits=limits)
             dataset = Dataset(
                 id=dataset_id,
                 tenant=tenant,

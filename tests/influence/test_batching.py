@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.influence.batching import collate, token_budget_batches
+from workers.influence.batching import collate, completion_labels, token_budget_batches
 
 
 @settings(deadline=None, derandomize=True)
@@ -47,3 +47,28 @@ def test_collate_pads_on_the_right() -> None:
         "token_type_ids": [[0, 1, 1], [0, 0, 0]],
     }
     assert all(column.dtype == torch.int64 for column in columns.values())
+
+
+def test_completions_are_labelled_and_nothing_else() -> None:
+    label_BS = completion_labels([[5, 6, 7], [8, 9]], [1, 1], device="cpu")
+    assert label_BS.tolist() == [[-100, 6, 7], [-100, 9, -100]]
+    assert label_BS.dtype == torch.int64
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    rows=st.lists(
+        st.integers(1, 9).flatmap(lambda size: st.tuples(st.just(size), st.integers(0, size))),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_labels_stand_where_their_tokens_do(rows: list[tuple[int, int]]) -> None:
+    token_ids = [[100 * row + place for place in range(size)] for row, (size, _) in enumerate(rows)]
+    starts = [start for _, start in rows]
+    label_BS = completion_labels(token_ids, starts, device="cpu")
+    input_BS = collate(token_ids, pad_id=7, device="cpu")["input_ids"]
+    assert label_BS.shape == input_BS.shape
+    is_labelled_BS = label_BS != -100
+    assert torch.equal(label_BS[is_labelled_BS], input_BS[is_labelled_BS])
+    assert is_labelled_BS.sum(dim=1).tolist() == [size - start for size, start in rows]

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+IGNORED_LABEL = -100
+
 
 def token_budget_batches(length_T: Tensor, *, max_tokens: int, max_samples: int) -> list[Tensor]:
     """Cut samples into batches of similar length, longest first.
@@ -65,6 +67,30 @@ def collate(
     if token_type_ids is not None:
         columns["token_type_ids"] = _pad(token_type_ids, value=0)
     return {name: column_BS.to(device) for name, column_BS in columns.items()}
+
+
+def completion_labels(
+    token_ids: Sequence[Sequence[int]],
+    completion_starts: Sequence[int],
+    *,
+    device: torch.device | str,
+) -> Tensor:
+    """Return what a causal language model should write, aligned with `collate`'s input_ids.
+
+    Args:
+        token_ids: token ids of every sample, prompt and completion.
+        completion_starts: the position of each sample's first token of the completion.
+        device: where the labels go.
+
+    Returns:
+        label_BS: int64, the token itself in the completion and IGNORED_LABEL in the prompt and in
+        the padding. Not shifted: position s is predicted from the positions before it.
+    """
+    rows = [
+        [IGNORED_LABEL] * start + list(row[start:])
+        for row, start in zip(token_ids, completion_starts, strict=True)
+    ]
+    return _pad(rows, value=IGNORED_LABEL).to(device)
 
 
 def _pad(rows: Sequence[Sequence[int]], *, value: int) -> Tensor:
