@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from app.references import FileReference, HubModelReference
 from tests.hub import LoopbackHub, loopback_hub
 from workers.sources.hub import Hub
+from workers.sources.libraries import Task
 from workers.sources.models import ResolvedModel, resolve_model
 
 Resolve = Callable[..., ResolvedModel]
@@ -110,11 +111,14 @@ def resolve(tmp_path: Path, hub: Hub) -> Resolve:
     """Resolve folders below tmp_path/models, and what the loopback hub has."""
 
     def resolve(
-        model: Path | HubModelReference, adapter: Path | HubModelReference | None = None
+        model: Path | HubModelReference,
+        adapter: Path | HubModelReference | None = None,
+        task: Task = "classification",
     ) -> ResolvedModel:
         return resolve_model(
             FileReference(model) if isinstance(model, Path) else model,
             adapter=FileReference(adapter) if isinstance(adapter, Path) else adapter,
+            task=task,
             roots=[tmp_path / "models"],
             hub=hub,
             cache_dir=tmp_path / "cache",

@@ -104,7 +104,12 @@ def clean_model_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def clean_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer_config.json without code and without paths to other files."""
+    """Return a tokenizer_config.json without code and without paths to other files.
+
+    The chat template stays: Transformers renders it in Jinja's ImmutableSandboxedEnvironment
+    (utils/chat_template_utils.py), where a template reaches neither Python's internals nor files
+    nor the network, and cannot change what it is given.
+    """
     return _without(_without(config, _CODE_KEY), _FILE_KEY)
 
 
@@ -120,10 +125,10 @@ def clean_adapter_config(config: dict[str, Any]) -> dict[str, Any]:
             "unsupported_adapter",
             "adapter",
         )
-    if config.get("task_type") != "SEQ_CLS":
+    if config.get("task_type") not in ("SEQ_CLS", "CAUSAL_LM"):
         raise _refusal(
             f"the adapter's task_type is {config.get('task_type')!r}; only adapters of sequence "
-            "classification (SEQ_CLS) can be audited",
+            "classification (SEQ_CLS) and of causal language models (CAUSAL_LM) can be audited",
             "unsupported_adapter",
             "adapter",
         )
@@ -138,7 +143,7 @@ def clean_adapter_config(config: dict[str, Any]) -> dict[str, Any]:
     _check_adapter_values(cleaned)
     return cleaned | {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": config["task_type"],
         "inference_mode": True,
         "base_model_name_or_path": None,
     }

@@ -1,246 +1,160 @@
-"""Load a resolved model, and its adapter, as a sequence classifier."""
+"""Load a resolved model, and its adapter, as a sequence classifier or a causal language model."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from workers.sources.errors import SourceError, SourceErrorCode, SourceField
-from workers.sources.models import ResolvedModel, weight_files
-from workers.sources.staging import check_unchanged
-
-Label = int | str
-
-# What the libraries raise over files that they cannot make sense of.
-_LOADING_ERRORS = (
-    AttributeError,
-    ImportError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
+from workers.sources.heads import Head, Label, draw_head, inspect_head, match_labels
+from workers.sources.libraries import (
+    AUTO_MODELS,
+    Task,
+    build_skeleton,
+    check_size,
+    check_weights,
+    quiet,
+    refused,
 )
-_ADAPTER_PREFIX = "base_model.model."
-# A base checkpoint lacks its head, and often ties or drops a few tensors; far more means that the
-# config describes another model, and missing weights would be made up.
-_MAX_PARAMETERS_PER_SAVED = 2
-_FREE_PARAMETERS = 50_000_000
+from workers.sources.models import ResolvedModel
+from workers.sources.tokenizers import has_chat_template, load_tokenizer
+from workers.sources.weights import load_config, num_saved, saved_shapes
+
+__all__ = [
+    "Label",
+    "LoadedModel",
+    "has_chat_template",
+    "load_model",
+    "load_tokenizer",
+    "longest_input",
+    "match_labels",
+]
+
+_PROBE_TOKENS = 4
+_CAUSAL_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A sequence classifier on the CPU, in evaluation mode, with its tokenizer."""
+    """A model on the CPU, in evaluation mode, with its tokenizer."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """The parameters after the encoder, by name, and the number of classes the weights have."""
-
-    names: frozenset[str]
-    num_classes: int | None
-    is_in_adapter: bool
-
-
-def match_labels(resolved: ResolvedModel, labels: Sequence[Label]) -> tuple[Label, ...]:
-    """Return the label of each class of a trained model, in the order of its classes.
-
-    Names in the model's config are matched as text. Without names the labels must be the integers
-    from 0 to the number of classes less one: the order of text labels would be a guess.
-
-    Args:
-        resolved: a model whose head is trained.
-        labels: the labels of the dataset; the model may know more.
-
-    Raises:
-        SourceError: untrained_head, or labels_mismatch.
-    """
-    head = _inspect_head(resolved)
-    num_classes = _require_trained(head)
-    names = resolved.class_names
-    if names is not None and len(names) == num_classes:
-        label_of_name = {str(label): label for label in labels}
-        unknown = sorted(label_of_name.keys() - set(names))
-        if not unknown:
-            return tuple(label_of_name.get(name, name) for name in names)
-    else:
-        unknown = [str(label) for label in labels]
-    if all(isinstance(label, int) and 0 <= label < num_classes for label in labels):
-        return tuple(range(num_classes))
-    known = f"the model's classes are {', '.join(names)}" if names else "the model names no classes"
-    raise _refusal(
-        f"the dataset has the labels {', '.join(unknown[:10])}, but {known}; use these names, or "
-        f"the integers 0 to {num_classes - 1}, or set id2label in the model's config.json",
-        "labels_mismatch",
-        "dataset",
-    )
-
-
 def load_model(
     resolved: ResolvedModel,
     *,
-    labels: Sequence[Label],
+    task: Task = "classification",
+    labels: Sequence[Label] = (),
     new_head_seed: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """Load the model with one class per label, in that order.
+    """Load the model for a task.
+
+    A classifier has one class per label, in that order. A causal language model has no labels; all
+    its weights, the head among them, come from the checkpoint or are tied to others there.
 
     Args:
-        resolved: what `resolve_model` answered.
-        labels: the label of each class.
-        new_head_seed: draw a new head from this seed, for fine-tuning. Without it the head must be
-            trained: in the model's weights, or in the adapter's.
+        resolved: what `resolve_model` answered, for the same task.
+        task: what the model is for.
+        labels: the label of each class; none for causal_lm.
+        new_head_seed: draw a new classification head from this seed, for fine-tuning. Without it
+            the head must be trained: in the model's weights, or in the adapter's. Causal language
+            models keep theirs.
         dtype: of the weights.
 
     Raises:
-        SourceError: the weights do not fit the config, or there is no trained head.
+        SourceError: the weights do not fit the config, there is no trained head, or a model for
+            causal_lm sees later tokens.
     """
-    head = _inspect_head(resolved)
-    if new_head_seed is None and _require_trained(head) != len(labels):
-        raise _refusal(
-            f"the model has {head.num_classes} classes, but {len(labels)} labels were given",
-            "labels_mismatch",
-            "model",
-        )
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(new_head_seed or 0)
-        model = _load_base(
-            resolved, labels=labels, head=head, dtype=dtype, is_new=new_head_seed is not None
-        )
-        if new_head_seed is not None:
-            _draw_head(model, names=head.names)
+        if task == "causal_lm":
+            model = _load_causal(resolved, dtype=dtype)
+        else:
+            model = _load_classifier(
+                resolved, labels=labels, dtype=dtype, is_new=new_head_seed is not None
+            )
     tokenizer = load_tokenizer(resolved)
+    _check_vocabulary(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     if resolved.adapter_path is not None:
         model = _load_adapter(model, resolved=resolved)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer)
 
 
-def longest_input(resolved: ResolvedModel) -> int | None:
+def longest_input(resolved: ResolvedModel, *, task: Task = "classification") -> int | None:
     """Return how many tokens the model has positions for; None where it does not say.
 
     Raises:
         SourceError: the config is not valid.
     """
-    limits = [getattr(_load_config(resolved), "max_position_embeddings", None)]
+    config = load_config(resolved)
+    limits = [getattr(config, "max_position_embeddings", None)]
     # RoBERTa and its kin count positions from behind that of the padding
     limits += [
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-        for name, module in _skeleton(resolved).named_modules()
+        for name, module in build_skeleton(config, task).named_modules()
         if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
     ]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     return min(known, default=None)
 
 
-def _skeleton(resolved: ResolvedModel) -> nn.Module:
-    """Build the architecture without memory."""
-    config = _load_config(resolved)
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForSequenceClassification.from_config(
-                config, trust_remote_code=False
-            )
-    except _LOADING_ERRORS as error:
-        raise _refusal(
-            f"no {resolved.model_type} model can be built from config.json: {error}",
-            "unsupported_model",
-            "model",
-        ) from error
-    return model
-
-
-def _inspect_head(resolved: ResolvedModel) -> _Head:
-    """Look at the architecture, and see which of its head's weights were saved."""
-    skeleton: Any = _skeleton(resolved)
-    saved = _saved_shapes(resolved, adapter=False)
-    num_saved = sum(torch.Size(shape).numel() for shape in saved.values())
-    num_described = sum(parameter.numel() for parameter in skeleton.parameters())
-    if num_described > _MAX_PARAMETERS_PER_SAVED * num_saved + _FREE_PARAMETERS:
-        raise _refusal(
-            f"config.json describes {num_described:,} parameters, the weights hold {num_saved:,}",
-            "unsupported_model",
-            "model",
-        )
-    prefix = f"{skeleton.base_model_prefix}."
-    names = [name for name, _ in skeleton.named_parameters() if not name.startswith(prefix)]
-    last = [name for name in names if name.endswith("weight")][-1]
-    in_adapter = _saved_shapes(resolved, adapter=True)
-    if _ADAPTER_PREFIX + last in in_adapter:
-        num_classes = in_adapter[_ADAPTER_PREFIX + last][0]
-        return _Head(frozenset(names), num_classes, is_in_adapter=True)
-    is_saved = all(name in saved for name in names)
-    return _Head(frozenset(names), saved[last][0] if is_saved else None, is_in_adapter=False)
-
-
-def _require_trained(head: _Head) -> int:
-    if head.num_classes is None:
-        raise _refusal(
-            f"the model has no trained classification head ({', '.join(sorted(head.names))} are "
-            "missing); ask for fine-tuning, or give an adapter that holds the head",
-            "untrained_head",
-            "model",
-        )
-    return head.num_classes
-
-
-def _saved_shapes(resolved: ResolvedModel, *, adapter: bool) -> dict[str, tuple[int, ...]]:
-    folder = resolved.adapter_path if adapter else resolved.path
-    if folder is None:
-        return {}
-    check_unchanged(folder, field="adapter" if adapter else "model")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    return shapes
-
-
-def _load_config(resolved: ResolvedModel) -> Any:  # noqa: ANN401 — transformers carries no types
-    try:
-        return AutoConfig.from_pretrained(
-            resolved.path, trust_remote_code=False, local_files_only=True
-        )
-    except _LOADING_ERRORS as error:
-        raise _refusal(
-            f"config.json is not valid: {error}", "unsupported_model", "model"
-        ) from error
-
-
-def _load_base(
-    resolved: ResolvedModel,
-    *,
-    labels: Sequence[Label],
-    head: _Head,
-    dtype: torch.dtype,
-    is_new: bool,
+def _load_classifier(
+    resolved: ResolvedModel, *, labels: Sequence[Label], dtype: torch.dtype, is_new: bool
 ) -> Any:  # noqa: ANN401 — transformers carries no types
-    config = _load_config(resolved)
+    head = inspect_head(resolved)
+    if not is_new and head.require_trained() != len(labels):
+        raise _refusal(
+            f"the model has {head.num_classes} classes, but {len(labels)} labels were given",
+            "labels_mismatch",
+            "model",
+        )
+    config = load_config(resolved)
     config.num_labels = len(labels)
     config.id2label = {i: str(label) for i, label in enumerate(labels)}
     config.label2id = {str(label): i for i, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+    model, report = _load_weights(resolved, config=config, task="classification", dtype=dtype)
+    check_weights(report, may_miss=_replaced(head, report, is_new=is_new))
+    if is_new:
+        draw_head(model, names=head.names)
+    return model
+
+
+def _replaced(head: Head, report: dict[str, Any], *, is_new: bool) -> frozenset[str]:
+    """Name the weights that come from elsewhere than the checkpoint."""
+    if not is_new:
+        return head.names if head.is_in_adapter else frozenset()
+    # Encoders are often saved without the pooler that a new head goes with: it is drawn as well.
+    return head.names | {name for name in report["missing_keys"] if ".pooler." in f".{name}"}
+
+
+def _load_causal(resolved: ResolvedModel, *, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    config = load_config(resolved)
+    saved = saved_shapes(resolved, adapter=False)
+    check_size(build_skeleton(config, "causal_lm"), num_saved=num_saved(saved))
+    model, report = _load_weights(resolved, config=config, task="causal_lm", dtype=dtype)
+    check_weights(report)
+    _check_causal(model.eval())
+    return model
+
+
+def _load_weights(
+    resolved: ResolvedModel,
+    *,
+    config: Any,  # noqa: ANN401
+    task: Task,
+    dtype: torch.dtype,
+) -> tuple[Any, dict[str, Any]]:
+    with refused("the model's weights cannot be loaded", "unsupported_model", "model"):
+        model, report = AUTO_MODELS[task].from_pretrained(
             resolved.path,
             config=config,
             dtype=dtype,
@@ -250,61 +164,46 @@ def _load_base(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except _LOADING_ERRORS as error:
+    return model, report
+
+
+def _check_causal(model: Any) -> None:  # noqa: ANN401
+    """Refuse a model that sees the tokens it is to predict, as BERT with an LM head does."""
+    logits: list[Tensor] = []
+    with refused("the model does not run", "unsupported_model", "model"), torch.no_grad():
+        vocabulary = model.get_input_embeddings().num_embeddings
+        ids_BS = torch.arange(2 * _PROBE_TOKENS).view(2, _PROBE_TOKENS) % vocabulary
+        ids_BS[:, 0] = 0
+        for ids_S in ids_BS:
+            inputs = {"input_ids": ids_S[None], "attention_mask": torch.ones_like(ids_S)[None]}
+            logits.append(model(**inputs, use_cache=False).logits[0, 0].float())
+    spread = float(logits[0].abs().max().clamp(min=1e-6))
+    # NaN weights are not the matter of this check
+    if float((logits[0] - logits[1]).abs().max()) > _CAUSAL_TOLERANCE * spread:
         raise _refusal(
-            f"the model's weights cannot be loaded: {error}", "unsupported_model", "model"
-        ) from error
-    replaced = head.names if is_new or head.is_in_adapter else frozenset()
-    mismatched = {name for name, *_ in report["mismatched_keys"]} - replaced
-    if mismatched:
-        raise _refusal(
-            f"weights have other shapes than config.json says: {', '.join(sorted(mismatched)[:5])}",
+            f"this {model.config.model_type} model sees the tokens that follow, so it is no causal "
+            "language model; set is_decoder in its config.json if it was trained as one",
             "unsupported_model",
             "model",
         )
-    # Encoders are often saved without the pooler that a new head goes with: it is drawn as well.
-    missing = {
-        name for name in report["missing_keys"] if not (is_new and ".pooler." in f".{name}")
-    } - replaced
-    if missing:
+
+
+def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ANN401
+    """Refuse a padding token that was added to the tokenizer and never to the model."""
+    with refused("the model has no word embedding", "unsupported_model", "model"):
+        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and tokenizer.pad_token_id >= known:
         raise _refusal(
-            f"weights are missing: {', '.join(sorted(missing)[:5])}", "missing_file", "model"
+            f"the tokenizer's padding token {tokenizer.pad_token!r} has id "
+            f"{tokenizer.pad_token_id}, but the model embeds {known} tokens; set pad_token to one "
+            "of these",
+            "unsupported_model",
+            "model",
         )
-    return model
-
-
-def _draw_head(model: Any, *, names: frozenset[str]) -> None:  # noqa: ANN401
-    """Draw the head anew from the global generator, whatever the checkpoint had in its place."""
-    spread = float(getattr(model.config, "initializer_range", 0.02))
-    with torch.no_grad():
-        for prefix, module in model.named_modules():
-            own = {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}
-            if not own or not own <= names:
-                continue
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(mean=0.0, std=spread)
-                if module.bias is not None:
-                    module.bias.zero_()
-            elif hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the library's progress bars and its table of missing weights: we check them here."""
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()
 
 
 def _load_adapter(model: Any, *, resolved: ResolvedModel) -> PeftModel:  # noqa: ANN401
-    try:
+    with refused("the adapter does not fit the model", "unsupported_adapter", "adapter"):
         adapted = PeftModel.from_pretrained(
             model,
             str(resolved.adapter_path),
@@ -312,13 +211,9 @@ def _load_adapter(model: Any, *, resolved: ResolvedModel) -> PeftModel:  # noqa:
             torch_device="cpu",
             use_safetensors=True,
         )
-    except _LOADING_ERRORS as error:
-        raise _refusal(
-            f"the adapter does not fit the model: {error}", "unsupported_adapter", "adapter"
-        ) from error
     # What the file lacks would stay at its random start, and what it has too much be dropped.
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    differing = sorted(expected ^ _saved_shapes(resolved, adapter=True).keys())
+    differing = sorted(expected ^ saved_shapes(resolved, adapter=True).keys())
     if differing:
         raise _refusal(
             "the adapter's weights do not match its config and the model: "
@@ -327,34 +222,6 @@ def _load_adapter(model: Any, *, resolved: ResolvedModel) -> PeftModel:  # noqa:
             "adapter",
         )
     return adapted
-
-
-def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer; one without a padding token pads with its end token.
-
-    Raises:
-        SourceError: it cannot be loaded, or has neither token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolved.path, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:
-        # The tokenizers' Rust part raises plain Exception; signals and the like pass through.
-        if type(error) is not Exception and not isinstance(error, _LOADING_ERRORS):
-            raise
-        raise _refusal(
-            f"the tokenizer cannot be loaded: {error}", "unreadable_file", "model"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise _refusal(
-                "the tokenizer has neither a padding nor an end token; set pad_token",
-                "unsupported_model",
-                "model",
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _refusal(message: str, code: SourceErrorCode, field: SourceField) -> SourceError:

@@ -6,18 +6,14 @@ picked by name: no pickle, no code, no other file of the source is ever in reach
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
 
-from app.references import FileReference, HubModelReference, InvalidReference, resolve_file
+from app.references import FileReference, HubModelReference
 from workers.sources.configs import (
     clean_adapter_config,
     clean_model_config,
@@ -25,7 +21,23 @@ from workers.sources.configs import (
     read_json,
 )
 from workers.sources.errors import SourceError, SourceErrorCode, SourceField
+from workers.sources.gguf import file_digest, stage_gguf
 from workers.sources.hub import Hub
+from workers.sources.libraries import Task, check_architecture
+from workers.sources.listing import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHAT_TEMPLATE,
+    CONFIG,
+    SHARD,
+    TOKENIZER_CONFIG,
+    TOKENIZER_DATA,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    folder_files,
+    gguf_of,
+    hub_files,
+)
 from workers.sources.staging import (
     LINKS,
     digest,
@@ -35,26 +47,9 @@ from workers.sources.staging import (
     write_json,
 )
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-
-_SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
-_TOKENIZER_DATA = (
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
 _TOKENIZERS = ({"tokenizer.json"}, {"vocab.txt"}, {"vocab.json", "merges.txt"})
-_MODEL_FILES = {CONFIG, WEIGHTS, WEIGHTS_INDEX, TOKENIZER_CONFIG, *_TOKENIZER_DATA}
-_ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+_MAX_TEMPLATE_BYTES = 1024**2
+_ADAPTER_TASKS: dict[Task, str] = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +73,11 @@ class ResolvedModel:
     class_names: tuple[str, ...] | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where the files of one reference lie, by name."""
-
-    files: dict[str, Path]
-    revision: str
-    key: str
-
-
 def resolve_model(
     reference: FileReference | HubModelReference,
     *,
     adapter: FileReference | HubModelReference | None,
+    task: Task = "classification",
     roots: Sequence[Path],
     hub: Hub,
     cache_dir: Path,
@@ -98,11 +85,13 @@ def resolve_model(
     """Fetch a model and its adapter, check them, and lay them out for `load_model`.
 
     A hub reference whose revision is a full commit and that was resolved before is answered
-    without asking the hub.
+    without asking the hub. A GGUF file is converted when it is first met.
 
     Args:
-        reference: the model's folder or repository.
+        reference: the model's folder or repository: config.json, safetensors and a tokenizer, or
+            one GGUF file.
         adapter: the LoRA adapter's, to be put on that model.
+        task: what the model will be loaded for.
         hub: where hf:// references are resolved.
         roots: folders that file:// references may name.
         cache_dir: where the clean folders are kept, beside the hub's cache.
@@ -111,34 +100,22 @@ def resolve_model(
         SourceError: what is wrong with which reference, and what to change.
     """
     path, revision = _resolve_part(
-        reference,
-        field="model",
-        wanted=_MODEL_FILES,
-        stage=_stage_model,
-        roots=roots,
-        hub=hub,
-        cache_dir=cache_dir,
-    )
-    adapter_path, adapter_revision = (
-        (None, None)
-        if adapter is None
-        else _resolve_part(
-            adapter,
-            field="adapter",
-            wanted=_ADAPTER_FILES,
-            stage=_stage_adapter,
-            roots=roots,
-            hub=hub,
-            cache_dir=cache_dir,
-        )
+        reference, field="model", roots=roots, hub=hub, cache_dir=cache_dir
     )
     config = read_json(path / CONFIG, field="model")
+    model_type = check_architecture(config.get("model_type"), task)
+    adapter_path, adapter_revision = None, None
+    if adapter is not None:
+        adapter_path, adapter_revision = _resolve_part(
+            adapter, field="adapter", roots=roots, hub=hub, cache_dir=cache_dir
+        )
+        _check_adapter_task(adapter_path, task)
     return ResolvedModel(
         path=path,
         adapter_path=adapter_path,
         revision=revision,
         adapter_revision=adapter_revision,
-        model_type=config["model_type"],
+        model_type=model_type,
         class_names=_class_names(config),
     )
 
@@ -152,8 +129,6 @@ def _resolve_part(
     reference: FileReference | HubModelReference,
     *,
     field: SourceField,
-    wanted: set[str],
-    stage: Callable[[dict[str, Path], Path], None],
     roots: Sequence[Path],
     hub: Hub,
     cache_dir: Path,
@@ -164,107 +139,40 @@ def _resolve_part(
         revision = hub.commit(reference, field=field)
         target = staged / f"hub--{reference.repo.replace('/', '--')}--{field}--{revision}"
         if not target.is_dir():
-            files = _hub_files(reference, commit=revision, wanted=wanted, hub=hub, field=field)
-            stage_folder(files, target, fill=stage)
+            files = hub_files(reference, commit=revision, hub=hub, field=field)
+            stage_folder(files, target, fill=_filler(files, field=field))
         return target, revision
-    folder, files = _folder_files(reference, wanted=wanted, roots=roots, field=field)
+    folder, files = folder_files(reference, roots=roots, field=field)
+    gguf = gguf_of(files)
     try:
         before = fingerprints(files)
-        revision = digest(files)
+        revision = digest(files) if gguf is None else file_digest(gguf)
     except OSError as error:
         raise _refusal(
             f"{reference.path} cannot be read: {error.strerror}", "not_permitted", field
         ) from error
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    target = staged / f"file--{where}--{field}--{revision}"
+    # what is made of a GGUF file links to nothing, so where the file lies does not matter
+    target = staged / (
+        f"file--{where}--{field}--{revision}" if gguf is None else f"gguf--{revision}"
+    )
     if not target.is_dir():
-        stage_folder(files, target, fill=stage)
+        stage_folder(files, target, fill=_filler(files, field=field))
     # The same bytes may have been written anew since they were laid out.
     write_json(target / LINKS, {name: before[name] for name in links(target)})
     return target, revision
 
 
-def _folder_files(
-    reference: FileReference, *, wanted: set[str], roots: Sequence[Path], field: SourceField
-) -> tuple[Path, dict[str, Path]]:
-    try:
-        folder = resolve_file(reference.path, roots)
-        if not folder.is_dir():
-            raise _refusal(
-                f"{reference.path} is a file; name the folder that holds it",
-                "invalid_reference",
-                field,
-            )
-        names = sorted(entry.name for entry in folder.iterdir())
-        _check_names(names, source=str(reference.path), field=field)
-        files = {
-            name: resolve_file(folder / name, roots) for name in names if _is_wanted(name, wanted)
-        }
-    except InvalidReference as error:
-        raise _refusal(str(error), "invalid_reference", field) from error
-    except OSError as error:
-        raise _refusal(
-            f"{reference.path} cannot be read: {error.strerror}", "not_permitted", field
-        ) from error
-    return folder, files
-
-
-def _hub_files(
-    reference: HubModelReference, *, commit: str, wanted: set[str], hub: Hub, field: SourceField
-) -> dict[str, Path]:
-    names = [
-        file.path for file in hub.files(reference, commit=commit, recursive=False, field=field)
-    ]
-    _check_names(names, source=str(reference), field=field)
-    paths = [name for name in names if _is_wanted(name, wanted)]
-    return hub.download(reference, commit=commit, paths=paths, field=field)
-
-
-def _is_wanted(name: str, wanted: set[str]) -> bool:
-    return name in wanted or (WEIGHTS in wanted and _SHARD.fullmatch(name) is not None)
-
-
-def _check_names(names: Sequence[str], *, source: str, field: SourceField) -> None:
-    """Refuse a folder that lacks what is needed, before anything is downloaded or hashed."""
+def _filler(
+    files: dict[str, Path], *, field: SourceField
+) -> Callable[[dict[str, Path], Path], None]:
     if field == "adapter":
-        required: list[tuple[str, ...]] = [(ADAPTER_CONFIG,), (ADAPTER_WEIGHTS,)]
-    else:
-        if CONFIG not in names and ADAPTER_CONFIG in names:
-            raise _refusal(
-                f"{source} is an adapter, not a model; give its base as the model and this as the "
-                "adapter",
-                "missing_file",
-                field,
-            )
-        required = [
-            (CONFIG,),
-            (WEIGHTS, WEIGHTS_INDEX),
-            ("tokenizer.json", "vocab.txt", "vocab.json"),
-        ]
-    for alternatives in required:
-        if set(alternatives).isdisjoint(names):
-            pickles = [name for name in names if name.endswith(_PICKLES)]
-            hint = (
-                f" ({', '.join(pickles[:3])} could run code when it is loaded; save the model "
-                "with save_pretrained, which writes safetensors)"
-                if pickles and any(name.endswith(".safetensors") for name in alternatives)
-                else ""
-            )
-            raise _refusal(
-                f"{source} has no {' or '.join(alternatives)}{hint}", "missing_file", field
-            )
+        return _stage_adapter
+    return _stage_model if gguf_of(files) is None else stage_gguf
 
 
 def _stage_model(files: dict[str, Path], target: Path) -> None:
     config = clean_model_config(read_json(files[CONFIG], field="model"))
-    model_type = str(config.get("model_type"))
-    if model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-        raise _refusal(
-            f"model_type {model_type!r} is not an architecture with a sequence classification head "
-            "that this server knows",
-            "unsupported_model",
-            "model",
-        )
     if not any(tokenizer <= files.keys() for tokenizer in _TOKENIZERS):
         raise _refusal(
             "the tokenizer is incomplete: vocab.json needs merges.txt", "missing_file", "model"
@@ -281,7 +189,13 @@ def _stage_model(files: dict[str, Path], target: Path) -> None:
         write_json(target / WEIGHTS_INDEX, index)
     for name in weights:
         check_safetensors(files[name], field="model")
-    for name in (*weights, *(name for name in _TOKENIZER_DATA if name in files)):
+    if CHAT_TEMPLATE in files and files[CHAT_TEMPLATE].stat().st_size > _MAX_TEMPLATE_BYTES:
+        raise _refusal(
+            f"{CHAT_TEMPLATE} has more than {_MAX_TEMPLATE_BYTES:,} bytes",
+            "unreadable_file",
+            "model",
+        )
+    for name in (*weights, *(name for name in (*TOKENIZER_DATA, CHAT_TEMPLATE) if name in files)):
         (target / name).symlink_to(files[name].resolve())
 
 
@@ -292,13 +206,24 @@ def _stage_adapter(files: dict[str, Path], target: Path) -> None:
     (target / ADAPTER_WEIGHTS).symlink_to(files[ADAPTER_WEIGHTS].resolve())
 
 
+def _check_adapter_task(path: Path, task: Task) -> None:
+    found = read_json(path / ADAPTER_CONFIG, field="adapter")["task_type"]
+    if found != _ADAPTER_TASKS[task]:
+        raise _refusal(
+            f"the adapter's task_type is {found}, but the audit's task is {task}, which takes "
+            f"adapters of {_ADAPTER_TASKS[task]}",
+            "unsupported_adapter",
+            "adapter",
+        )
+
+
 def _shards(index: dict[str, Any], *, files: dict[str, Path]) -> list[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _refusal(f"{WEIGHTS_INDEX} has no weight_map", "unreadable_file", "model")
     shards = sorted({str(name) for name in weight_map.values()})
     for name in shards:
-        if not _SHARD.fullmatch(name):
+        if not SHARD.fullmatch(name):
             raise _refusal(
                 f"{WEIGHTS_INDEX} names the weights {name!r}; shards are called "
                 "model-00001-of-00002.safetensors and lie beside it",
