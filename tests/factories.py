@@ -28,6 +28,10 @@ from app.work.repository import add_units, enter_state, finish
 TENANT = "default"
 GROUPS = {"all": ["layer.0.query", "head"], "00": ["layer.0.query"], "CL": ["head"]}
 CSV_TABLE = "text,label\ngood film,pos\nbad film,neg\nfine,pos\n"
+CAUSAL_LM_REQUEST: dict[str, Any] = {"task": "causal_lm", "validation": None} | {
+    "estimators": ["self_influence"],
+    "ranking": {"estimator": "self_influence"},
+}
 
 
 def request_body(**changes: Any) -> dict[str, Any]:
@@ -80,14 +84,21 @@ def make_ended_audit(
 
 
 def make_finished_audit(
-    engine: Engine, settings: Settings, *, tenant: str = TENANT, num_train: int = 10
+    engine: Engine,
+    settings: Settings,
+    *,
+    tenant: str = TENANT,
+    num_train: int = 10,
+    has_labels: bool = True,
 ) -> Audit:
     """Insert a finished audit with its ranking, and write its files.
 
     Sample i stands at rank num_train - 1 - i with score rank / 10, so that index and rank differ;
     even samples are "pos", the rest "neg"; the two most suspect are flagged, the first is noisy.
+    Without labels it is one of a causal language model without a validation set, and the most
+    suspect sample is not finite.
     """
-    audit = make_audit(engine, tenant=tenant)
+    audit = make_audit(engine, tenant=tenant, **({} if has_labels else CAUSAL_LM_REQUEST))
     ranking = Ranking(
         id=new_id("rnk"),
         audit_id=audit.id,
@@ -95,6 +106,9 @@ def make_finished_audit(
         specification=audit.request["ranking"],
     )
     rows = [_suspect(rank, num_train - 1 - rank) for rank in range(num_train)]
+    if not has_labels:
+        nothing = dict.fromkeys(("given_label", "predicted_label"))
+        rows = [row | nothing | {"non_finite": row["rank"] == 0} for row in rows]
     files = _write_files(settings.data_dir / "audits" / audit.id / "results", rows)
     detection = {"ndr_10": 1.0, "ndr_20": 1.0, "ndr_30": 1.0, "auc_ndr": 1.0}
     with transaction(engine) as session:
@@ -102,18 +116,19 @@ def make_finished_audit(
         session.add(ranking)
         session.flush()
         session.add_all(_training_sample(audit.id, row) for row in rows)
-        session.add_all(_validation_sample(audit.id, index) for index in range(3))
+        num_validation = 3 if has_labels else 0
+        session.add_all(_validation_sample(audit.id, index) for index in range(num_validation))
         session.add_all(_ranked_sample(ranking.id, row) for row in rows)
         audit.num_train = num_train
-        audit.num_validation = 3
+        audit.num_validation = num_validation
         audit.progress = 1.0
         audit.provenance = {"engine_version": "0.1.0", "device": "cpu", "num_shards": 1}
         audit.timings = {"prepare": 0.1, "gradients": 1.5}
         audit.summary = {
             "ranking_id": ranking.id,
             "num_flagged": 2,
-            "labels": ["neg", "pos"],
-            "validation_accuracy": 0.75,
+            "labels": ["neg", "pos"] if has_labels else [],
+            "validation_accuracy": 0.75 if has_labels else None,
             "train_accuracy": 0.8,
             "num_noisy": 1,
             "warnings": [],
@@ -121,6 +136,7 @@ def make_finished_audit(
             "detection": detection,
             "layer_groups": GROUPS,
             "group_order": list(GROUPS),
+            "layer_group_order": list(GROUPS),
             "configurations": [
                 {
                     "layer_group": group,
@@ -150,6 +166,7 @@ def _suspect(rank: int, index: int) -> dict[str, Any]:
         "score": rank / 10,
         "flagged": rank < 2,
         "is_noisy": rank == 0,
+        "non_finite": False,
     }
 
 
@@ -182,10 +199,10 @@ def _ranked_sample(ranking_id: str, row: dict[str, Any]) -> RankedSample:
         flagged=row["flagged"],
         group_scores=[row["score"], 0.5, -0.5],
         group_ranks=[row["rank"], 1, 2],
-        harmed_validation=[2, 0],
-        harmed_influence=[-0.5, -0.25],
-        helped_validation=[1],
-        helped_influence=[0.5],
+        harmed_validation=[2, 0] if row["given_label"] else [],
+        harmed_influence=[-0.5, -0.25] if row["given_label"] else [],
+        helped_validation=[1] if row["given_label"] else [],
+        helped_influence=[0.5] if row["given_label"] else [],
     )
 
 

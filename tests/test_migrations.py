@@ -42,6 +42,26 @@ def test_up_down_and_up_again(empty: Engine) -> None:
     assert tables(empty) == set(Base.metadata.tables)
 
 
+def test_samples_without_labels_outlive_a_way_back(empty: Engine) -> None:
+    """The version before knows no such samples; what it cannot hold becomes empty, not lost."""
+    migrate(empty)
+    row = (
+        "INSERT INTO training_samples "
+        "VALUES ('a', 0, 'text', NULL, NULL, NULL, 1, 1, 0, NULL, true)"
+    )
+    with empty.begin() as connection:
+        connection.execute(text("SET session_replication_role = replica"))  # no audit is needed
+        connection.execute(text(row))
+    migrate(empty, "-1")
+    with empty.connect() as connection:
+        labels = "SELECT given_label, predicted_label FROM training_samples"
+        assert connection.execute(text(labels)).all() == [("", "")]
+    migrate(empty)
+    with empty.connect() as connection:
+        kept = connection.execute(text("SELECT text, non_finite FROM training_samples")).all()
+    assert kept == [("text", False)]
+
+
 def test_the_migrations_make_what_the_models_say(empty: Engine) -> None:
     migrate(empty)
     options = {"compare_type": True, "compare_server_default": True}

@@ -52,16 +52,56 @@ class LayerResult(BaseModel):
     detection: Detection | None
 
 
+class Cancellation(BaseModel):
+    """How much the training gradients of a layer group cancel out: 1 means not at all."""
+
+    l1: float | None = Field(
+        description="Sum of the gradients' absolute values over the absolute value of their sum."
+    )
+    l2: float | None = Field(
+        description="Sum of the gradients' lengths over the length of their sum."
+    )
+
+
+class ProjectionReport(BaseModel):
+    """How well projected scores agree with exact ones, on a sample of pairs."""
+
+    dimension: int = Field(description="Of the inputs and of the output gradients.")
+    spearman: float | None = Field(description="Rank correlation over all pairs.")
+    num_pairs: int = Field(description="Pairs of a training and a validation sample.")
+    by_group: dict[str, float | None] = Field(description="Rank correlation by layer group.")
+
+
 class AuditResults(BaseModel):
     """What a finished audit found."""
 
     ranking_id: str
     num_flagged: int
-    labels: list[str]
-    validation_accuracy: float
-    train_accuracy: float = Field(description="Against the labels as given (or planted).")
+    labels: list[str] = Field(description="The classes; none for a causal language model.")
+    validation_accuracy: float | None = Field(
+        description="For a causal language model: the mean share of completion tokens that it "
+        "predicts right. None without a validation set."
+    )
+    train_accuracy: float | None = Field(
+        description="The same against the training labels or completions as given (or planted)."
+    )
     num_noisy: int | None = Field(description="Known noisy training samples.")
     detection: Detection | None = Field(description="Of the audit's ranking; needs known noise.")
+    num_non_finite: int | None = Field(
+        None, description="Training samples whose loss or gradient is not finite."
+    )
+    num_non_finite_validation: int | None = Field(
+        None, description="Validation samples whose loss or gradient is not finite: left out."
+    )
+    cancellation: dict[str, Cancellation] | None = Field(None, description="By layer group.")
+    projection: ProjectionReport | None = Field(
+        None, description="None where all gradients are exact."
+    )
+    preflight: dict[str, Any] | None = Field(
+        None,
+        description="How a few samples' losses and gradients changed in a padded batch, and "
+        "modules without any gradient.",
+    )
     files: dict[FileFormat, ResultFile]
     warnings: list[str]
     score_order: str = ScoreOrder
@@ -100,16 +140,31 @@ class Suspect(BaseModel):
 
     rank: int = Field(description="0 is the most suspect.")
     index: int = Field(description="Row of the training file, from 0.")
-    text: str
-    text_pair: str | None
-    given_label: str
-    predicted_label: str = Field(description="The model's own label.")
-    predicted_probability: float
-    given_probability: float = Field(description="The model's probability of the given label.")
+    text: str = Field(
+        description="For a causal language model: the prompt, or the messages before the last."
+    )
+    text_pair: str | None = Field(
+        description="The second text; for a causal language model the completion."
+    )
+    given_label: str | None = Field(description="None for a causal language model.")
+    predicted_label: str | None = Field(
+        description="The model's own label; None for a causal language model."
+    )
+    predicted_probability: float = Field(
+        description="For a causal language model: the share of completion tokens that it predicts "
+        "right."
+    )
+    given_probability: float = Field(
+        description="The model's probability of the given label, or of a token of the completion "
+        "(geometric mean)."
+    )
     loss: float
     score: float
     flagged: bool
     is_noisy: bool | None = Field(description="Known noise, where it is known.")
+    non_finite: bool = Field(
+        False, description="The loss or gradient is not finite, so influence says nothing of it."
+    )
 
 
 class SuspectPage(Page[Suspect]):
@@ -133,8 +188,8 @@ class RelatedSample(BaseModel):
     index: int
     text: str
     text_pair: str | None
-    given_label: str
-    predicted_label: str
+    given_label: str | None
+    predicted_label: str | None
     influence: float = Field(description="Mean over the ranking's modules; negative harms.")
 
 

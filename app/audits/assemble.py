@@ -122,7 +122,7 @@ def assemble_layers(audit: Audit) -> answers.LayerTable:
     """Return every computed configuration."""
     summary = audit.summary
     # JSONB forgets the order of keys; the groups have one, from the first layer to the last.
-    groups = {name: summary["layer_groups"][name] for name in summary["group_order"]}
+    groups = {name: summary["layer_groups"][name] for name in summary["layer_group_order"]}
     return answers.LayerTable.model_validate(
         {
             "layer_groups": groups,
@@ -145,6 +145,7 @@ def _suspect_fields(ranked: RankedSample, sample: TrainingSample) -> dict[str, A
         "score": ranked.score,
         "flagged": ranked.flagged,
         "is_noisy": sample.is_noisy,
+        "non_finite": sample.non_finite,
     }
 
 

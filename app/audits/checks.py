@@ -1,14 +1,17 @@
 """What can be checked of an audit's request without a model: references, columns, known noise."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from app.audits.schemas import AuditRequest, DatasetSource
+from app.audits.model_folders import has_chat_template, has_gguf_only
+from app.audits.schemas import AuditRequest, DatasetSource, Task
 from app.catalogue import ESTIMATORS
+from app.datasets.columns import columns_by_header, default_columns
 from app.datasets.files import ColumnNames, DatasetError, FileFormat, guess_format
-from app.datasets.readers import open_table
+from app.datasets.readers import open_table, read_header
 from app.datasets.repository import find_dataset
 from app.datasets.service import HEAD_BYTES, dataset_limits
 from app.errors import InvalidRequest
@@ -37,22 +40,79 @@ def check_request(
     _check_model(settings, request.model.reference, "#/model/reference", MODEL_CONFIG)
     if request.model.adapter is not None:
         _check_model(settings, request.model.adapter, "#/model/adapter", ADAPTER_CONFIG)
+    for number, checkpoint in enumerate(request.model.checkpoints or ()):
+        pointer = f"#/model/checkpoints/{number}/adapter"
+        _check_model(settings, checkpoint.adapter, pointer, ADAPTER_CONFIG)
     with Session(engine) as session:
         filled = {
             name: source.model_copy(
-                update={"columns": _columns_of(session, settings, tenant, source, f"#/{name}")}
+                update={
+                    "columns": _columns_of(
+                        session, settings, tenant, source, f"#/{name}", task=request.task
+                    )
+                }
             )
-            for name, source in (("train", request.train), ("validation", request.validation))
+            for name, source in _sources(request)
         }
+    if "validation" in filled:
+        filled["validation"] = _without_noise(filled["validation"])
     checked = request.model_copy(update=filled)
+    _check_kind(checked)
+    _check_template(settings, checked)
     _check_noise(request, checked)
     return checked
+
+
+def _sources(request: AuditRequest) -> Iterator[tuple[str, DatasetSource]]:
+    """Yield the datasets of a request with their fields."""
+    yield "train", request.train
+    if request.validation is not None:
+        yield "validation", request.validation
+
+
+def _without_noise(source: DatasetSource) -> DatasetSource:
+    """Return the validation set without its upload's column of known noise: it is trusted."""
+    if source.columns is None:
+        return source
+    columns = source.columns.model_copy(update={"noise": None})
+    return source.model_copy(update={"columns": columns})
+
+
+def _check_kind(checked: AuditRequest) -> None:
+    """Check that the columns, an upload's own among them, fit the task."""
+    for name, source in _sources(checked):
+        is_labelled = source.columns is not None and source.columns.kind == "classification"
+        if is_labelled != (checked.task == "classification"):
+            raise InvalidRequest.at(
+                f"#/{name}",
+                f"The {name} set has {'labels' if is_labelled else 'completions'}, which a "
+                f"{checked.task} audit does not read. Set task to "
+                f"{'classification' if is_labelled else 'causal_lm'}, or name another dataset.",
+            )
+
+
+def _check_template(settings: Settings, checked: AuditRequest) -> None:
+    """Check that chats meet a tokenizer that can write them; a hub's is seen by the worker."""
+    reference = parse_model_reference(checked.model.reference)
+    if not isinstance(reference, FileReference):
+        return
+    folder = resolve_file(reference.path, settings.file_roots)
+    if has_gguf_only(folder) or has_chat_template(folder):
+        return
+    for name, source in _sources(checked):
+        if source.columns is not None and source.columns.kind == "chat":
+            raise InvalidRequest.at(
+                f"#/{name}/columns/messages",
+                f"The tokenizer of {reference.path} has no chat template, so messages cannot be "
+                "written as the model reads them. Give columns prompt and completion instead, or "
+                "a model with chat_template in its tokenizer_config.json.",
+            )
 
 
 def uploads_of(request: AuditRequest) -> dict[str, str]:
     """Return the uploads that a request reads: id to the pointer of the field that names it."""
     uploads: dict[str, str] = {}
-    for name, source in (("train", request.train), ("validation", request.validation)):
+    for name, source in _sources(request):
         reference = parse_dataset_reference(source.reference)
         if isinstance(reference, UploadReference):
             uploads[reference.id] = f"#/{name}/reference"
@@ -81,6 +141,8 @@ def _check_model(settings: Settings, text: str, pointer: str, config: str) -> No
             pointer, f"{reference.path} is a file; name the folder that holds {config}."
         )
     names = {path.name for path in folder.iterdir()}
+    if config == MODEL_CONFIG and has_gguf_only(folder):
+        return
     if config not in names:
         other = ADAPTER_CONFIG if config == MODEL_CONFIG else MODEL_CONFIG
         hint = ""
@@ -94,22 +156,41 @@ def _check_model(settings: Settings, text: str, pointer: str, config: str) -> No
     if not any(name.endswith(".safetensors") for name in names):
         raise InvalidRequest.at(
             pointer,
-            f"{reference.path} holds no weights as safetensors, the only form that is loaded; "
-            "save it with save_pretrained(…, safe_serialization=True).",
+            f"{reference.path} holds no weights as safetensors (or one GGUF file); save it with "
+            "save_pretrained(…, safe_serialization=True).",
         )
 
 
 def _columns_of(
-    session: Session, settings: Settings, tenant: str, source: DatasetSource, pointer: str
+    session: Session,
+    settings: Settings,
+    tenant: str,
+    source: DatasetSource,
+    pointer: str,
+    *,
+    task: Task,
 ) -> ColumnNames:
     try:
         reference = parse_dataset_reference(source.reference)
         if isinstance(reference, UploadReference):
             return _upload_columns(session, tenant, reference.id, source, pointer)
-        columns = source.columns or ColumnNames()
+        columns = source.columns or default_columns(task)
         if isinstance(reference, FileReference):
             path = resolve_file(reference.path, settings.file_roots)
-            _check_file(settings, path, reference.path, columns, pointer)
+            file_format = _format_of(path, reference.path, pointer)
+            limits = dataset_limits(settings)
+            try:
+                if source.columns is None and task == "causal_lm":
+                    header = read_header(path, format=file_format, limits=limits)
+                    if "messages" in (names := {column.name for column in header}):
+                        columns = columns_by_header(sorted(names))
+                # the worker checks every row, this only what the first ones tell
+                open_table(path, format=file_format, columns=columns, limits=limits)
+            except DatasetError as error:
+                place = f"columns/{error.field}" if error.field else "reference"
+                raise InvalidRequest.at(
+                    f"{pointer}/{place}", f"{reference.path}: {error.message}."
+                ) from error
     except InvalidReference as error:
         raise InvalidRequest.at(f"{pointer}/reference", f"{error}.") from error
     return columns
@@ -133,21 +214,17 @@ def _upload_columns(
     return source.columns
 
 
-def _check_file(
-    settings: Settings, path: Path, given: Path, columns: ColumnNames, pointer: str
-) -> None:
-    """Check what a file's first rows tell; the worker checks every row."""
+def _format_of(path: Path, given: Path, pointer: str) -> FileFormat:
+    """Return a file's format, from its name and its first bytes."""
     if not path.is_file():
         raise InvalidRequest.at(
             f"{pointer}/reference", f"{given} is a folder; name one Parquet, JSONL or CSV file."
         )
     try:
         with path.open("rb") as file:
-            file_format: FileFormat = guess_format(given.name, file.read(HEAD_BYTES))
-        open_table(path, format=file_format, columns=columns, limits=dataset_limits(settings))
+            return guess_format(given.name, file.read(HEAD_BYTES))
     except DatasetError as error:
-        place = f"columns/{error.field}" if error.field else "reference"
-        raise InvalidRequest.at(f"{pointer}/{place}", f"{given}: {error.message}.") from error
+        raise InvalidRequest.at(f"{pointer}/reference", f"{given}: {error.message}.") from error
     except OSError as error:
         raise InvalidRequest.at(
             f"{pointer}/reference",
@@ -169,7 +246,7 @@ def _check_noise(request: AuditRequest, checked: AuditRequest) -> None:
     asked = [*zip(pointers, request.estimators, strict=True)]
     asked.append(("#/ranking/estimator", request.ranking.estimator))
     for pointer, name in asked:
-        if ESTIMATORS[name].needs_known_noise:
+        if "known_noise" in ESTIMATORS[name].needs:
             raise InvalidRequest.at(
                 pointer,
                 f"The estimator {name.value} needs known noise: name its column in "

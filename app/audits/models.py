@@ -13,6 +13,7 @@ from sqlalchemy import (
     Index,
     Integer,
     Text,
+    false,
     func,
     text,
 )
@@ -107,12 +108,13 @@ class TrainingSample(Base):
     sample_index: Mapped[int] = mapped_column(Integer, primary_key=True)
     text: Mapped[str] = mapped_column(Text)
     text_pair: Mapped[str | None] = mapped_column(Text)
-    given_label: Mapped[str]
-    predicted_label: Mapped[str]
+    given_label: Mapped[str | None]
+    predicted_label: Mapped[str | None]
     predicted_probability: Mapped[float] = mapped_column(REAL)
     given_probability: Mapped[float] = mapped_column(REAL)
     loss: Mapped[float] = mapped_column(REAL)
     is_noisy: Mapped[bool | None]
+    non_finite: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
 class ValidationSample(Base):
@@ -126,8 +128,8 @@ class ValidationSample(Base):
     sample_index: Mapped[int] = mapped_column(Integer, primary_key=True)
     text: Mapped[str] = mapped_column(Text)
     text_pair: Mapped[str | None] = mapped_column(Text)
-    given_label: Mapped[str]
-    predicted_label: Mapped[str]
+    given_label: Mapped[str | None]
+    predicted_label: Mapped[str | None]
     predicted_probability: Mapped[float] = mapped_column(REAL)
     loss: Mapped[float] = mapped_column(REAL)
 
@@ -142,7 +144,7 @@ class RankedSample(Base):
     )
     rank: Mapped[int] = mapped_column(Integer, primary_key=True)
     sample_index: Mapped[int]
-    given_label: Mapped[str]
+    given_label: Mapped[str | None]
     score: Mapped[float] = mapped_column(REAL)
     flagged: Mapped[bool]
     group_scores: Mapped[list[float]] = mapped_column(ARRAY(REAL))

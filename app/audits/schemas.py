@@ -4,19 +4,42 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from app.catalogue import ESTIMATORS, AggregationName, EstimatorName
+from app.audits.fitting import check_fits_together
+from app.catalogue import AggregationName, EstimatorName
 from app.datasets.files import ColumnNames
-from app.errors import FieldConflict
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
-ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
-MAX_METADATA_KEYS = 50
+ModuleName = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9_.]{1,200}|all-linear)$")]
+Task = Literal["classification", "causal_lm"]
+_LAYERS = r"(all|WE|CL|\d{2,3}(-\d{2,3})?)"
 
 
 class Strict(BaseModel):
     """Base of request bodies: a misspelt field is an error, not a silence."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Projection(Strict):
+    """A two-sided random projection of the gradients of large modules."""
+
+    dimension: int = Field(
+        32,
+        ge=2,
+        le=256,
+        description="Inputs and output gradients of a module are each projected to this many "
+        "dimensions: the gradient to its square.",
+    )
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class Checkpoint(Strict):
+    """An adapter at one point of its training."""
+
+    adapter: Reference = Field(description="A PEFT LoRA adapter, as file:// or hf:// reference.")
+    learning_rate: float = Field(
+        gt=0, le=1, description="The learning rate of the steps that led here: its weight."
+    )
 
 
 class ModelSource(Strict):
@@ -36,13 +59,32 @@ class ModelSource(Strict):
         None,
         min_length=1,
         max_length=20,
-        description="For a model that was fine-tuned in full: the linear modules of its attention "
-        "whose gradients are compared. Default: the query and value projections.",
+        description="For a model that was fine-tuned in full: the modules whose gradients are "
+        "compared, by the last parts of their names, or all-linear for every linear layer of the "
+        "blocks. Default: the query and value projections.",
+    )
+    projection: Projection | None = Field(
+        None,
+        description="For a model that was fine-tuned in full: project the gradients of its large "
+        "modules. Without it they are exact, which takes memory. The audit reports how well "
+        "projected scores agree with exact ones.",
+    )
+    word_embeddings: bool = Field(
+        False,
+        description="Take the gradients of the word embeddings too, sparse by token: estimators "
+        "of dot products also get the layer group WE. tracin_we takes them anyway.",
+    )
+    checkpoints: list[Checkpoint] | None = Field(
+        None,
+        min_length=2,
+        max_length=20,
+        description="For tracin on a model that is fine-tuned already: its adapters at several "
+        "points of the training. With fine_tune the epochs are the checkpoints.",
     )
 
 
 class DatasetSource(Strict):
-    """A table of labelled texts."""
+    """A table of labelled texts, or of prompts with completions."""
 
     reference: Reference = Field(
         description="upload:<id> of POST /v1/datasets, file:///path.parquet|jsonl|csv under a "
@@ -51,7 +93,8 @@ class DatasetSource(Strict):
     )
     columns: ColumnNames | None = Field(
         None,
-        description="Names of the columns. Default: those of the upload, else text and label.",
+        description="Names of the columns. Default: those of the upload, else text and label, or "
+        "prompt and completion for a causal language model.",
     )
 
 
@@ -77,9 +120,12 @@ class FineTune(Strict):
 
 
 class PlantNoise(Strict):
-    """Wrong labels that the service plants itself, to measure how well they are found."""
+    """Wrong labels that the service plants itself, to measure how well they are found.
 
-    fraction: float = Field(0.2, gt=0, le=0.9, description="Share of the training labels.")
+    With causal_lm the completions of the drawn samples are exchanged among them.
+    """
+
+    fraction: float = Field(0.2, gt=0, le=0.9, description="Share of the training samples.")
     seed: int = Field(0, ge=0, lt=2**31)
 
 
@@ -89,16 +135,29 @@ class RankingSpecification(Strict):
     estimator: EstimatorName = EstimatorName.GRAD_COSINE
     layers: str = Field(
         "all",
-        pattern=r"^(all|WE|CL|\d{2,3}(-\d{2,3})?)$",
-        description="A layer group: all, CL (the head), or a band of blocks such as 02-03; "
+        max_length=1000,
+        pattern=rf"^{_LAYERS}(,{_LAYERS})*$",
+        description="Which layers count: all, CL (the head), WE (the word embeddings), a block "
+        "(04), a range of blocks (02-03), or several of these with commas (02-03,05,CL). "
         "GET /v1/audits/{id}/layers lists the groups of a model.",
     )
     aggregation: AggregationName = AggregationName.RANK
     vote_fraction: float = Field(
         0.3, gt=0, le=1, description="For vote: the share of the training set that gets votes."
     )
+    trim_fraction: float = Field(
+        0.1, ge=0, lt=0.5, description="For trimmed_mean: the share that is cut off at each end."
+    )
+    common_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="For common_set: the share of the columns that must have listed a sample.",
+    )
     correct_only: bool = Field(
-        False, description="Use only validation samples that the model predicts correctly."
+        False,
+        description="Use only validation samples that the model predicts correctly; for a causal "
+        "language model the half with the lower loss.",
     )
 
 
@@ -124,10 +183,17 @@ class Flag(Strict):
 class AuditRequest(Strict):
     """Everything that decides an audit; with the resolved revisions it reproduces it."""
 
+    task: Task = Field(
+        "classification",
+        description="What the model does: tell the class of a text or a pair of texts, or write "
+        "the completion of a prompt.",
+    )
     model: ModelSource
     train: DatasetSource = Field(description="The training set that is audited.")
-    validation: DatasetSource = Field(
-        description="A small, trusted set that stands for the behaviour you want."
+    validation: DatasetSource | None = Field(
+        None,
+        description="A small, trusted set that stands for the behaviour you want. Only "
+        "self_influence, loss, random and oracle do without.",
     )
     fine_tune: FineTune | None = Field(
         None, description="Fine-tune first. Leave out for a model that is fine-tuned already."
@@ -141,14 +207,35 @@ class AuditRequest(Strict):
         description="Estimators to compute and compare. The ranking's own, the loss and random "
         "are always among them.",
     )
+    estimator_parameters: dict[EstimatorName, dict[str, float]] = Field(
+        default_factory=dict,
+        description="Parameters of estimators that differ from their defaults, such as "
+        '{"lissa": {"steps": 20}}; GET /v1/estimators lists them.',
+    )
+    aggregations: list[AggregationName] = Field(
+        default_factory=lambda: [
+            AggregationName.MEAN,
+            AggregationName.RANK,
+            AggregationName.VOTE,
+        ],
+        max_length=len(AggregationName),
+        description="Aggregations to compute and compare; the ranking's own is always among them.",
+    )
     ranking: RankingSpecification = Field(default_factory=RankingSpecification)
     flag: Flag = Field(
         default_factory=lambda: Flag(fraction=0.1, count=None),
         description="Which of the lowest-scored samples are flagged. Default: a tenth.",
     )
     max_tokens: int = Field(256, ge=8, le=8192, description="Longer texts are cut to this.")
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of the model's weights; scores are float32 always."
+    )
+    max_nonfinite_fraction: float = Field(
+        0.01,
+        ge=0,
+        lt=1,
+        description="The audit goes on without samples whose loss or gradient is not finite, and "
+        "names them; it fails when they are more than this share of a set.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of the random baseline.")
     metadata: dict[str, str] = Field(
@@ -174,34 +261,7 @@ class AuditRequest(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "AuditRequest":
-        if self.model.adapter and self.fine_tune:
-            raise FieldConflict(
-                "fine_tune",
-                message="fine_tune starts from a base model; leave out either fine_tune or "
-                "model.adapter",
-            )
-        if self.model.target_modules and (self.model.adapter or self.fine_tune):
-            raise FieldConflict(
-                *("model", "target_modules"),
-                message="model.target_modules is for a model that was fine-tuned in full; with "
-                "adapters their own modules are used (fine_tune.target_modules chooses them)",
-            )
-        if self.plant_noise and self.train.columns and self.train.columns.noise:
-            raise FieldConflict(
-                "plant_noise",
-                message="train.columns.noise names known noise and plant_noise adds more; use "
-                "one of them",
-            )
-        if not ESTIMATORS[self.ranking.estimator].has_layers and self.ranking.layers != "all":
-            raise FieldConflict(
-                *("ranking", "layers"),
-                message=f"ranking.estimator {self.ranking.estimator.value} has no layers; "
-                "set ranking.layers to all",
-            )
-        if len(self.metadata) > MAX_METADATA_KEYS:
-            raise FieldConflict(
-                "metadata", message=f"metadata has more than {MAX_METADATA_KEYS} keys"
-            )
+        check_fits_together(self)
         return self
 
     def stored(self) -> dict[str, Any]:

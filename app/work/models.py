@@ -17,8 +17,8 @@ class Stage(StrEnum):
     FINE_TUNE = "fine_tune"
     VALIDATION = "validation"
     GRADIENTS = "gradients"
+    CHECKPOINTS = "checkpoints"
     CURVATURE = "curvature"
-    PRECONDITION = "precondition"
     INFLUENCE = "influence"
     AGGREGATE = "aggregate"
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from app.audits.models import Audit, AuditState
 from app.db import new_id, transaction
 from app.work.models import Stage, UnitState, WorkUnit
-from app.work.stages import SHARDED_STAGES, STATE_OF_STAGE, next_stage, overall_progress
+from app.work.stages import STATE_OF_STAGE, next_stage, num_units, overall_progress
 
 _LEAST_PROGRESS_FOR_ETA = 0.05  # an estimate from less is a guess
 
@@ -143,7 +143,7 @@ def complete(session: Session, held: Claim, *, result: dict[str, Any]) -> list[s
         audit.progress = 1.0
         finish(audit, AuditState.SUCCEEDED)
         return []
-    count = audit.provenance["num_shards"] if following in SHARDED_STAGES else 1
+    count = num_units(following, audit.provenance)
     return add_units(session, audit.id, following, count=count)
 
 

@@ -12,13 +12,11 @@ STATE_OF_STAGE = {
     Stage.FINE_TUNE: AuditState.FINE_TUNING,
     Stage.VALIDATION: AuditState.COMPUTING,
     Stage.GRADIENTS: AuditState.COMPUTING,
+    Stage.CHECKPOINTS: AuditState.COMPUTING,
     Stage.CURVATURE: AuditState.COMPUTING,
-    Stage.PRECONDITION: AuditState.COMPUTING,
     Stage.INFLUENCE: AuditState.COMPUTING,
     Stage.AGGREGATE: AuditState.AGGREGATING,
 }
-
-SHARDED_STAGES = frozenset({Stage.GRADIENTS, Stage.CURVATURE, Stage.INFLUENCE})
 
 # Shares of one epoch's work, as measured on the demo; fine-tuning counts once per epoch.
 _WEIGHT = {
@@ -26,8 +24,8 @@ _WEIGHT = {
     Stage.FINE_TUNE: 1.0,
     Stage.VALIDATION: 0.15,
     Stage.GRADIENTS: 0.9,
+    Stage.CHECKPOINTS: 0.9,
     Stage.CURVATURE: 0.1,
-    Stage.PRECONDITION: 0.02,
     Stage.INFLUENCE: 0.1,
     Stage.AGGREGATE: 0.15,
 }
@@ -36,13 +34,28 @@ _WEIGHT = {
 def stages_of(request: Mapping[str, Any]) -> list[Stage]:
     """Return the stages that a stored request goes through, in their order."""
     names = {*request["estimators"], request["ranking"]["estimator"]}
-    needs_curvature = any(ESTIMATORS[name].needs_curvature for name in names)
+    needs = {need for name in names for need in ESTIMATORS[name].needs}
     skipped = set()
     if not request.get("fine_tune"):
         skipped.add(Stage.FINE_TUNE)
-    if not needs_curvature:
-        skipped |= {Stage.CURVATURE, Stage.PRECONDITION, Stage.INFLUENCE}
+    if "checkpoints" not in needs:
+        skipped.add(Stage.CHECKPOINTS)
+    if "curvature" not in needs:
+        skipped |= {Stage.CURVATURE, Stage.INFLUENCE}
     return [stage for stage in Stage if stage not in skipped]
+
+
+def num_units(stage: Stage, provenance: Mapping[str, Any]) -> int:
+    """Return how many units a stage is cut into, as planned when computing began."""
+    match stage:
+        case Stage.GRADIENTS | Stage.INFLUENCE:
+            return int(provenance["num_shards"])
+        case Stage.CHECKPOINTS:
+            return int(provenance["num_checkpoints"] * provenance["num_shards"])
+        case Stage.CURVATURE:
+            return int(provenance["num_module_blocks"])
+        case _:
+            return 1
 
 
 def next_stage(request: Mapping[str, Any], stage: Stage) -> Stage | None:
@@ -57,8 +70,11 @@ def overall_progress(request: Mapping[str, Any], stage: Stage, fraction: float) 
     fine_tune = request.get("fine_tune")
     epochs = fine_tune["epochs"] if fine_tune else 0
 
+    checkpoints = epochs or len(request["model"].get("checkpoints") or ())
+
     def weight(of: Stage) -> float:
-        return _WEIGHT[of] * (epochs if of is Stage.FINE_TUNE else 1)
+        times = {Stage.FINE_TUNE: epochs, Stage.CHECKPOINTS: checkpoints}
+        return _WEIGHT[of] * times.get(of, 1)
 
     stages = stages_of(request)
     before = sum(weight(earlier) for earlier in stages[: stages.index(stage)])

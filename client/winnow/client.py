@@ -75,11 +75,12 @@ class Client(AbstractContextManager["Client"]):
         name: str | None = None,
         file_format: FileFormat | None = None,
     ) -> Dataset:
-        """Upload a table of labelled texts; the service checks it row by row.
+        """Upload a table; the service checks it row by row.
 
         Args:
             data: the path of a Parquet, JSONL or CSV file, or its bytes.
-            columns: which columns hold what; text and label by default.
+            columns: which columns hold what; the service tells by the header by default: text
+                and label, else prompt and completion, else messages.
             name: what to call it; the file's own name by default.
             file_format: parquet, jsonl or csv; the service tells by itself by default.
         """

@@ -16,12 +16,33 @@ class Request(BaseModel):
 
 
 class Columns(Request):
-    """Which columns of a dataset hold what; text and label by default."""
+    """Which columns of a dataset hold what.
+
+    Text and label for a classifier (with text_pair for pairs), prompt and completion or messages
+    for a causal language model. Without any the service tells by the usual names.
+    """
 
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
     noise: str | None = None
+
+
+class Projection(Request):
+    """A two-sided random projection of the gradients of large modules."""
+
+    dimension: int | None = None
+    seed: int | None = None
+
+
+class Checkpoint(Request):
+    """An adapter at one point of its training."""
+
+    adapter: str
+    learning_rate: float
 
 
 class ModelSource(Request):
@@ -30,10 +51,13 @@ class ModelSource(Request):
     reference: str
     adapter: str | None = None
     target_modules: list[str] | None = None
+    projection: Projection | None = None
+    word_embeddings: bool | None = None
+    checkpoints: list[Checkpoint] | None = None
 
 
 class DatasetSource(Request):
-    """A table of labelled texts.
+    """A table of labelled texts, or of prompts with completions.
 
     The reference is upload:<id>, file:///path or
     hf://datasets/owner/name@revision?config=…&split=….
@@ -60,7 +84,7 @@ class FineTune(Request):
 
 
 class PlantNoise(Request):
-    """Wrong labels that the service plants itself, to measure how well they are found."""
+    """Wrong labels or completions that the service plants itself, to measure the detection."""
 
     fraction: float | None = None
     seed: int | None = None
@@ -73,6 +97,8 @@ class RankingSpecification(Request):
     layers: str | None = None
     aggregation: str | None = None
     vote_fraction: float | None = None
+    trim_fraction: float | None = None
+    common_share: float | None = None
     correct_only: bool | None = None
 
 
@@ -84,17 +110,25 @@ class Flag(Request):
 
 
 class AuditRequest(Request):
-    """Everything that decides an audit; README.md explains every option."""
+    """Everything that decides an audit; README.md explains every option.
 
+    `task` is classification or causal_lm; only self_influence and the baselines do without a
+    validation set.
+    """
+
+    task: str | None = None
     model: ModelSource
     train: DatasetSource
-    validation: DatasetSource
+    validation: DatasetSource | None = None
     fine_tune: FineTune | None = None
     plant_noise: PlantNoise | None = None
     estimators: list[str] | None = None
+    estimator_parameters: dict[str, dict[str, float]] | None = None
+    aggregations: list[str] | None = None
     ranking: RankingSpecification | None = None
     flag: Flag | None = None
     max_tokens: int | None = None
     precision: str | None = None
+    max_nonfinite_fraction: float | None = None
     seed: int | None = None
     metadata: dict[str, str] | None = None

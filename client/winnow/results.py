@@ -69,16 +69,41 @@ class LayerResult(Result):
     detection: Detection | None
 
 
+class Cancellation(Result):
+    """How much the training gradients of a layer group cancel out: 1 means not at all."""
+
+    l1: float | None
+    l2: float | None
+
+
+class ProjectionReport(Result):
+    """How well projected scores agree with exact ones, on a sample of pairs."""
+
+    dimension: int
+    spearman: float | None
+    num_pairs: int
+    by_group: dict[str, float | None]
+
+
 class AuditResults(Result):
-    """What a finished audit found."""
+    """What a finished audit found.
+
+    A causal language model has no labels; its accuracies are the mean shares of completion tokens
+    that it predicts right. `projection` is there when gradients were projected.
+    """
 
     ranking_id: str
     num_flagged: int
     labels: list[str]
-    validation_accuracy: float
-    train_accuracy: float
+    validation_accuracy: float | None
+    train_accuracy: float | None
     num_noisy: int | None
     detection: Detection | None
+    num_non_finite: int | None = None
+    num_non_finite_validation: int | None = None
+    cancellation: dict[str, Cancellation] | None = None
+    projection: ProjectionReport | None = None
+    preflight: dict[str, Any] | None = None
     files: dict[FileFormat, ResultFile]
     warnings: list[str]
     score_order: str
@@ -117,21 +142,23 @@ class Audit(Result):
 class Suspect(Result):
     """One training sample at its place in the ranking; rank 0 is the most suspect.
 
-    `index` is its row in the training file, from 0.
+    `index` is its row in the training file, from 0. Of a causal language model `text` is the
+    prompt and `text_pair` the completion, and there are no labels.
     """
 
     rank: int
     index: int
     text: str
     text_pair: str | None
-    given_label: str
-    predicted_label: str
+    given_label: str | None
+    predicted_label: str | None
     predicted_probability: float
     given_probability: float
     loss: float
     score: float
     flagged: bool
     is_noisy: bool | None
+    non_finite: bool = False
 
 
 class SuspectPage(Result):
@@ -155,8 +182,8 @@ class RelatedSample(Result):
     index: int
     text: str
     text_pair: str | None
-    given_label: str
-    predicted_label: str
+    given_label: str | None
+    predicted_label: str | None
     influence: float
 
 
@@ -178,27 +205,33 @@ class LayerTable(Result):
     score_order: str
 
 
-class Estimator(Result):
-    """One estimator that the service offers."""
-
-    name: str
-    kind: str
-    formula: str
-    description: str
-    has_layers: bool
-    needs_curvature: bool
-    needs_known_noise: bool
-    cost: float
-
-
-class AggregationParameter(Result):
-    """A parameter of an aggregation."""
+class Parameter(Result):
+    """A number that a request may set, between `minimum` and `maximum`."""
 
     name: str
     minimum: float
     maximum: float
     default: float
+    is_whole: bool
     description: str
+
+
+class Estimator(Result):
+    """One estimator that the service offers: what it does, when to use it, what it needs.
+
+    `cost` is its time relative to that of grad_dot; `needs` and `tasks` say which audits it is for.
+    """
+
+    name: str
+    kind: str
+    formula: str
+    description: str
+    parameters: list[Parameter]
+    cost: float
+    cost_class: str
+    needs: list[str]
+    has_layers: bool
+    tasks: list[str]
 
 
 class Aggregation(Result):
@@ -207,4 +240,4 @@ class Aggregation(Result):
     name: str
     formula: str
     description: str
-    parameters: list[AggregationParameter]
+    parameters: list[Parameter]

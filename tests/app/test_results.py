@@ -72,6 +72,7 @@ class TestSuspects:
                 "score": 0.0,
                 "flagged": True,
                 "is_noisy": True,
+                "non_finite": False,
             }
         ]
 
@@ -115,6 +116,62 @@ class TestSuspects:
         response = client.get(f"/v1/audits/{finished.id}/suspects?{query}")
         assert response.status_code == 422
         assert response.json()["errors"][0]["pointer"].startswith("query.")
+
+
+class TestWithoutLabels:
+    """An audit of a causal language model, without a validation set."""
+
+    @pytest.fixture
+    def audit(self, engine: Engine, settings: Settings) -> Audit:
+        return make_finished_audit(engine, settings, has_labels=False)
+
+    def test_the_results_say_what_there_is(self, client: TestClient, audit: Audit) -> None:
+        answer = client.get(f"/v1/audits/{audit.id}").json()
+        assert answer["request"]["validation"] is None
+        assert answer["num_validation"] == 0
+        results = answer["results"]
+        assert results["labels"] == []
+        assert results["validation_accuracy"] is None
+
+    def test_suspects_have_no_labels(self, client: TestClient, audit: Audit) -> None:
+        page = client.get(f"/v1/audits/{audit.id}/suspects").json()["data"]
+        assert {suspect["given_label"] for suspect in page} == {None}
+        assert {suspect["predicted_label"] for suspect in page} == {None}
+        assert [suspect["rank"] for suspect in page if suspect["non_finite"]] == [0]
+        assert client.get(f"/v1/audits/{audit.id}/suspects?label=pos").json()["data"] == []
+
+    def test_a_sample_stands_alone(self, client: TestClient, audit: Audit) -> None:
+        sample = client.get(f"/v1/audits/{audit.id}/samples/9").json()
+        assert (sample["rank"], sample["non_finite"]) == (0, True)
+        assert sample["harms_most"] == sample["helps_most"] == []
+
+
+class TestWhatTheEngineReports:
+    def test_an_older_summary_reports_nothing(self, client: TestClient, finished: Audit) -> None:
+        results = client.get(f"/v1/audits/{finished.id}").json()["results"]
+        names = ("num_non_finite", "num_non_finite_validation", "cancellation")
+        assert [results[name] for name in (*names, "projection", "preflight")] == [None] * 5
+
+    def test_everything_that_was_found(
+        self, client: TestClient, engine: Engine, finished: Audit
+    ) -> None:
+        report = {
+            "num_non_finite": 2,
+            "num_non_finite_validation": 0,
+            "cancellation": {"all": {"l1": 3.5, "l2": None}},
+            "projection": {
+                "dimension": 32,
+                "spearman": 0.9,
+                "num_pairs": 100,
+                "by_group": {"all": 0.9, "CL": None},
+            },
+            "preflight": {"max_loss_error": 1e-7, "zero_modules": [], "warnings": []},
+        }
+        with transaction(engine) as session:
+            audit = session.merge(finished)
+            audit.summary = {**audit.summary, **report}
+        results = client.get(f"/v1/audits/{finished.id}").json()["results"]
+        assert {name: results[name] for name in report} == report
 
 
 class TestDownloads:

@@ -54,13 +54,34 @@ def test_an_upload_may_name_its_columns(client: Client) -> None:
     table = b"review,verdict,wrong\nfine,good,0\ndull,bad,1\n"
     columns = Columns(text="review", label="verdict", noise="wrong")
     dataset = client.upload_dataset(table, columns=columns, file_format="csv")
-    assert dataset.columns == {
-        "text": "review",
-        "text_pair": None,
-        "label": "verdict",
-        "noise": "wrong",
-    }
+    named = {field: name for field, name in dataset.columns.items() if name is not None}
+    assert named == {"text": "review", "label": "verdict", "noise": "wrong"}
     assert dataset.summary["num_noisy"] == 1
+
+
+def test_the_service_tells_prompts_and_chats_by_their_names(client: Client) -> None:
+    prompts = client.upload_dataset(b"prompt,completion\na,b\n", file_format="csv")
+    assert prompts.summary["kind"] == "completion"
+    chat = b'[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    lines = b'{"messages": ' + chat + b"}\n"
+    assert client.upload_dataset(lines).summary["kind"] == "chat"
+    named = client.upload_dataset(
+        lines.replace(b"messages", b"m"), columns=Columns(messages="m"), file_format="jsonl"
+    )
+    assert named.columns["messages"] == "m"
+
+
+def test_suspects_of_a_causal_language_model_have_no_labels(
+    client: Client, engine: Engine, settings: Settings
+) -> None:
+    audit = make_finished_audit(engine, settings, has_labels=False)
+    first, second, *_ = client.suspects(audit.id)
+    assert (first.given_label, first.predicted_label) == (None, None)
+    assert (first.non_finite, second.non_finite) == (True, False)
+    results = client.get(audit.id).results
+    assert results is not None
+    assert results.validation_accuracy is None
+    assert client.sample(audit.id, 9).harms_most == []
 
 
 def test_a_refused_upload_says_where(client: Client) -> None:

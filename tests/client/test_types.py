@@ -20,6 +20,8 @@ ANSWERS = [
         "Audit": app.audits.answers,
         "AuditError": app.audits.answers,
         "AuditResults": app.audits.answers,
+        "Cancellation": app.audits.answers,
+        "ProjectionReport": app.audits.answers,
         "ResultFile": app.audits.answers,
         "Detection": app.audits.answers,
         "LayerResult": app.audits.answers,
@@ -31,7 +33,7 @@ ANSWERS = [
         "Dataset": app.datasets.schemas,
         "Estimator": app.catalogue,
         "Aggregation": app.catalogue,
-        "AggregationParameter": app.catalogue,
+        "Parameter": app.catalogue,
     }.items()
 ]
 REQUESTS = [
@@ -39,6 +41,8 @@ REQUESTS = [
     for name in (
         "AuditRequest",
         "ModelSource",
+        "Projection",
+        "Checkpoint",
         "DatasetSource",
         "FineTune",
         "PlantNoise",

@@ -136,7 +136,6 @@ class Service:
             "validation",
             "gradients",
             "curvature",
-            "precondition",
             "influence",
             "aggregate",
         ]

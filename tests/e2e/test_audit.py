@@ -32,7 +32,6 @@ def test_an_audit_runs_from_upload_to_download(
         "validation",
         "gradients",
         "curvature",
-        "precondition",
         "influence",
         "aggregate",
     }
@@ -97,7 +96,8 @@ def test_an_audit_that_cannot_be_done_says_what_to_change(
     assert audit["state"] == "failed"
     assert audit["error"] == {
         "code": "unknown_layers",
-        "message": "This model has no layer group '08-15'; it has all, 00-01, 02-03, 04, 05, CL.",
+        "message": "there is no block 15 for the layers '08-15': the model has 6, counted from 00; "
+        "there are all, 00-01, 02-03, 04, 05, CL and the blocks 00 to 05.",
         "field": "ranking.layers",
     }
     answer = service.http.get(f"/v1/audits/{audit_id}/suspects")

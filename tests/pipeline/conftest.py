@@ -22,12 +22,16 @@ class Models:
     classifier: Path
     three_classes: Path
     distilbert: Path
+    llama: Path
+    llama_adapter: Path
+    gpt2: Path
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     root = tmp_path_factory.mktemp("models")
     encoder = tiny.save_encoder(root / "encoder")
+    llama = tiny.save_llama(root / "llama")
     return Models(
         root=root,
         encoder=encoder,
@@ -36,6 +40,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         classifier=tiny.save_bert(root / "classifier"),
         three_classes=tiny.save_bert(root / "three", labels=("bad", "good", "plain")),
         distilbert=tiny.save_distilbert(root / "distilbert"),
+        llama=llama,
+        llama_adapter=tiny.save_language_adapter(root / "llama_adapter", base=llama),
+        gpt2=tiny.save_gpt2(root / "gpt2"),
     )
 
 

@@ -1,6 +1,5 @@
 """Every way in which an audit cannot be done says a stable code, a sentence and a field."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sqlalchemy import delete
-from transformers import CTRLConfig, CTRLForSequenceClassification
+from transformers import FNetConfig, FNetForSequenceClassification
 
 from app.audits.models import Audit
 from app.datasets.models import Dataset
@@ -138,7 +137,7 @@ def _with_weights(workplace: Workplace, model: Path, value: float) -> Path:
 @pytest.mark.parametrize(
     ("build", "code", "field", "says"),
     [
-        (unknown_layers, "unknown_layers", "ranking.layers", "it has all, 00, 01, CL"),
+        (unknown_layers, "unknown_layers", "ranking.layers", "there are all, 00, 01, CL"),
         (no_such_modules, "no_tracked_modules", "model.target_modules", "query, value"),
         (no_such_modules_to_train, "unsupported_module", "fine_tune.target_modules", "q_proj"),
         (validation_knows_more, "labels_mismatch", "validation.columns.label", "'odd'"),
@@ -152,7 +151,7 @@ def _with_weights(workplace: Workplace, model: Path, value: float) -> Path:
         (no_file, "invalid_reference", "validation.reference", "gone.parquet"),
         (no_model, "invalid_reference", "model.reference", "gone"),
         (adapter_is_a_model, "missing_file", "model.adapter", "adapter_config.json"),
-        (broken_weights, "non_finite_influence", None, "in the validation set"),
+        (broken_weights, "non_finite_influence", "model.reference", "validation samples"),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
 )
@@ -176,23 +175,33 @@ def test_samples_that_break_the_numbers_are_named(workplace: Workplace, models: 
     clean["text"] = [text.replace("great", "good") for text in clean["text"]]
     table["text"][4] += " great"
     table["text"][21] += " great"
-    code, _, message = failed(
-        workplace,
-        workplace.finish(
-            workplace.submit(
-                _with_weights(workplace, models.classifier, torch.nan),
-                train=workplace.table("train", table),
-                validation=workplace.table("validation", clean),
-            )
-        ),
-    )
-    assert code == "non_finite_influence"
-    assert "in the training set" in message
-    named = {
-        int(word) for word in message.replace(",", " ").replace(".", " ").split() if word.isdigit()
+    broken = _with_weights(workplace, models.classifier, torch.nan)
+    sets: dict[str, Any] = {
+        "train": workplace.table("train", table),
+        "validation": workplace.table("validation", clean),
+        "ranking": {"estimator": "grad_dot", "aggregation": "mean"},
     }
-    assert named
-    assert named <= {4, 21}
+    code, field, message = failed(workplace, workplace.finish(workplace.submit(broken, **sets)))
+    assert (code, field) == ("non_finite_influence", "model.reference")
+    assert "2 of 30 training samples is not finite (rows 4, 21)" in message
+
+    audit = workplace.succeed(workplace.submit(broken, **sets, max_nonfinite_fraction=0.1))
+    first, second, *others = workplace.ranked_rows(audit.id)
+    assert [first.sample_index, second.sample_index] == [4, 21]
+    assert first.score == second.score < others[0].score
+    assert audit.summary["num_non_finite"] == 2
+    assert any("rows 4, 21" in warning for warning in audit.summary["warnings"])
+    marked = [row.sample_index for row in workplace.training_rows(audit.id) if row.non_finite]
+    assert marked == [4, 21]
+    # the others stand as they would without them
+    rest = {name: [v for i, v in enumerate(table[name]) if i not in {4, 21}] for name in table}
+    without = workplace.succeed(
+        workplace.submit(broken, **{**sets, "train": workplace.table("rest", rest)})
+    )
+    order = [i for i in range(30) if i not in {4, 21}]
+    assert [order[row.sample_index] for row in workplace.ranked_rows(without.id)] == [
+        row.sample_index for row in others
+    ]
 
 
 def test_an_upload_that_is_gone_is_named(workplace: Workplace, models: Models) -> None:
@@ -258,27 +267,25 @@ def test_weights_that_change_after_the_check_are_noticed(
     assert "submit the audit again" in message
 
 
-def test_unnamed_query_and_value_projections_must_be_named(
+def test_a_model_without_attention_must_be_told_its_modules(
     workplace: Workplace, models: Models
 ) -> None:
-    """A family whose modules go by other names needs target_modules, and is told which it has."""
-    folder = shutil.copytree(models.classifier, workplace.files / "gpt")
-    config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == "bert"
+    """FNet mixes tokens by Fourier transforms: there is no query to find."""
+    folder = shutil.copytree(models.classifier, workplace.files / "fnet")
     torch.manual_seed(0)
-    # XLM calls them q_lin, k_lin; CTRL Wq, Wk, and its blocks are nothing but linear layers
-    ctrl = CTRLConfig(
-        vocab_size=30, n_positions=24, n_embd=16, dff=16, n_layer=2, n_head=2, pad_token_id=0
-    )
+    fnet = FNetConfig(
+        vocab_size=30, max_position_embeddings=24, hidden_size=16, num_hidden_layers=2,
+        intermediate_size=16, pad_token_id=0,
+    )  # fmt: skip
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    CTRLForSequenceClassification(ctrl).save_pretrained(folder)
+    FNetForSequenceClassification(fnet).save_pretrained(folder)
     code, field, message = failed(
         workplace,
         workplace.finish(workplace.submit(folder, **workplace.reviews(), fine_tune={"epochs": 1})),
     )
     assert (code, field) == ("no_tracked_modules", "fine_tune.target_modules")
-    assert "Wq" in message
+    assert "dense" in message
 
 
 def test_only_what_time_can_heal_is_tried_again() -> None:

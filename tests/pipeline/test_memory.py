@@ -1,6 +1,6 @@
 """Plans of shards, batches and memory: nothing is lost, nothing done twice, everything fits."""
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.influence.errors import InsufficientMemory
-from workers.pipeline.memory import in_batches, plan_batches, plan_memory, plan_shards
+from workers.influence.layers import Form, ModuleSpec, Part
+from workers.pipeline.curvature import plan_module_blocks
+from workers.pipeline.memory import (
+    Workload,
+    activation_floats,
+    in_batches,
+    plan_batches,
+    plan_memory,
+    plan_shards,
+    row_floats,
+)
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=120).map(torch.tensor)
 TOKENS = st.integers(16, 400)
@@ -106,17 +116,16 @@ def test_other_errors_are_not_taken_for_a_short_memory() -> None:
     assert calls == [8]
 
 
-AUDIT: dict[str, Any] = {
-    "num_validation": 400,
-    "num_parameters": 40_000,
-    "num_modules": 26,
-    "num_pairwise": 3,
-    "keeps_gradients": True,
-    "hidden_size": 384,
-    "num_layers": 6,
-    "tokens_per_batch": 4096,
-    "samples_per_shard": 1000,
-}
+AUDIT = Workload(
+    num_validation=400,
+    row_floats=40_000,
+    dense_floats=40_000,
+    num_curvature=1,
+    influence_floats=3 * 26 * 400,
+    activation_floats=activation_floats(hidden_size=384, num_layers=6, vocabulary=0),
+    keeps_gradients=True,
+)
+ASKED = {"tokens_per_batch": 4096, "samples_per_shard": 1000}
 
 
 @given(
@@ -124,23 +133,25 @@ AUDIT: dict[str, Any] = {
     validation=st.integers(1, 2000),
     parameters=st.integers(100, 10**6),
     pairwise=st.integers(0, 4),
+    curvature=st.integers(0, 4),
 )
 def test_a_plan_fits_or_is_refused(
-    free: int, validation: int, parameters: int, pairwise: int
+    free: int, validation: int, parameters: int, pairwise: int, curvature: int
 ) -> None:
-    asked = AUDIT | {
-        "free_bytes": free,
-        "num_validation": validation,
-        "num_parameters": parameters,
-        "num_pairwise": pairwise,
-    }
-    # both float32 copies and the float64 one of the curvature
-    held = validation * parameters * 16
+    workload = replace(
+        AUDIT,
+        num_validation=validation,
+        row_floats=parameters,
+        dense_floats=parameters,
+        num_curvature=curvature,
+        influence_floats=26 * validation * pairwise,
+    )
+    held = 4 * validation * parameters * (1 + curvature)
     if held > free // 2:
         with pytest.raises(InsufficientMemory, match="fewer validation samples"):
-            plan_memory(**asked)
+            plan_memory(workload, free_bytes=free, **ASKED)
         return
-    plan = plan_memory(**asked)
+    plan = plan_memory(workload, free_bytes=free, **ASKED)
     assert plan.held_bytes == held
     assert 1 <= plan.samples_per_shard <= 1000
     assert 16 <= plan.tokens_per_batch <= 4096
@@ -149,5 +160,42 @@ def test_a_plan_fits_or_is_refused(
 
 
 def test_plenty_of_memory_leaves_the_settings_as_they_are() -> None:
-    plan = plan_memory(free_bytes=2**36, **AUDIT)
+    plan = plan_memory(AUDIT, free_bytes=2**36, **ASKED)
     assert (plan.tokens_per_batch, plan.samples_per_shard) == (4096, 1000)
+
+
+def test_a_large_vocabulary_makes_smaller_batches() -> None:
+    """The logits of a token outweigh everything else of a small model."""
+    reader = replace(
+        AUDIT,
+        activation_floats=activation_floats(hidden_size=384, num_layers=6, vocabulary=150_000),
+    )
+    free = 4 * 2**30
+    with_logits = plan_memory(reader, free_bytes=free, **ASKED)
+    without = plan_memory(AUDIT, free_bytes=free, **ASKED)
+    assert with_logits.tokens_per_batch < without.tokens_per_batch
+
+
+def test_what_a_gradient_takes_depends_on_its_form() -> None:
+    def spec(form: Form) -> ModuleSpec:
+        return ModuleSpec("m", 0, Part.ATTENTION, 32 * 64, (32, 64), form)
+
+    assert row_floats(spec("dense"), num_tokens=10) == 32 * 64
+    assert row_floats(spec("factored"), num_tokens=10) == 10 * (32 + 64)
+    assert row_floats(spec("sparse"), num_tokens=10) == 10 * 64
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=40),
+    num_train=st.integers(1, 1000),
+    max_bytes=st.integers(0, 10**7),
+)
+def test_every_module_is_in_one_block_and_blocks_fit_the_disk(
+    sizes: list[int], num_train: int, max_bytes: int
+) -> None:
+    specs = [ModuleSpec(f"m{d}", 0, Part.ATTENTION, d, (d,)) for d in sizes]
+    blocks = plan_module_blocks([*enumerate(specs)], num_train=num_train, max_bytes=max_bytes)
+    assert [module for block in blocks for module in block] == list(range(len(sizes)))
+    for block in blocks:
+        assert 1 <= len(block) <= 8
+        assert len(block) == 1 or 4 * num_train * sum(sizes[m] for m in block) <= max_bytes

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workers.pipeline.artifacts import TensorFile, atomically, write_tensors
-from workers.pipeline.samples import SCHEMA, SampleSet, write_samples
+from workers.pipeline.samples import NO_CLASS, SCHEMA, MappedRows, SampleSet, write_samples
 
 CPU = torch.device("cpu")
 
@@ -28,6 +28,7 @@ def write(path: Path, sizes: list[int], *, with_pairs: bool = False) -> SampleSe
                     "is_noisy": None,
                     "input_ids": list(range(i, i + i % 5 + 1)),
                     "token_type_ids": [1] * (i % 5 + 1) if with_pairs else None,
+                    "completion_start": None,
                 }
                 for i in range(first, first + size)
             ]
@@ -64,13 +65,32 @@ def test_any_samples_in_any_order_come_back_as_they_were_written(
         assert int(samples.length_T[i]) == length
 
 
+def test_completions_are_the_targets_of_a_causal_language_model(tmp_path: Path) -> None:
+    rows = [
+        {"text": "p", "text_pair": "c", "input_ids": [5, 6, 7, 8], "completion_start": 2},
+        {"text": "q", "text_pair": "d", "input_ids": [1, 2], "completion_start": 1},
+    ]
+    batch = pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+    write_samples(tmp_path / "samples.arrow", iter([batch]), tick=lambda _: None)
+    samples = SampleSet(tmp_path / "samples.arrow")
+    assert samples.has_completions
+    assert samples.label_T.tolist() == [NO_CLASS, NO_CLASS]
+    assert samples.is_noisy_T is None
+    inputs, label_BS = samples.batch(torch.tensor([1, 0]), pad_id=0, device=CPU)
+    assert inputs["input_ids"].tolist() == [[1, 2, 0, 0], [5, 6, 7, 8]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert label_BS.tolist() == [[-100, 2, -100, -100], [-100, -100, 7, 8]]
+    assert samples.texts(torch.tensor([1])) == [("q", "d")]
+
+
 def test_reading_a_batch_does_not_copy_the_whole_set(tmp_path: Path) -> None:
     """The memory of a batch is that of its rows, however many rows there are."""
-    samples = write(tmp_path / "samples.arrow", [512] * 40)
+    write(tmp_path / "samples.arrow", [512] * 40)
+    samples = MappedRows(tmp_path / "samples.arrow")
     pool = pa.default_memory_pool()
     before, most = pool.bytes_allocated(), 0
     for start in range(0, 20_000, 4000):
-        rows = samples._take(["input_ids", "text"], torch.arange(start, start + 400, 4))
+        rows = samples.take(["input_ids", "text"], torch.arange(start, start + 400, 4))
         most = max(most, pool.bytes_allocated() - before)
         del rows
     assert most < 100_000  # the column of tokens alone takes 400,000

@@ -10,12 +10,16 @@ from transformers import BertForSequenceClassification
 
 from app.audits.models import Audit
 from tests import oracles
+from tests.influence import aggregation_oracles
 from tests.pipeline.conftest import Models
 from tests.pipeline.tiny import VOCABULARY, reviews
 from tests.pipeline.workplace import Workplace
-from workers.pipeline import scores
+from workers.influence.estimators import ESTIMATORS
+from workers.pipeline import column_source
 from workers.pipeline.artifacts import Artifacts, read_json, read_tensors
-from workers.pipeline.scores import TrainingFacts, find_related
+from workers.pipeline.layout import ModelLayout
+from workers.pipeline.scores import Scorer, ValidationChoice
+from workers.pipeline.training_facts import TrainingFacts
 
 # Three classes: with two, the gradient of the head's bias has one direction, every cosine is 1 or
 # -1 but for rounding, and so are the ranks.
@@ -81,6 +85,10 @@ def predictions(model: nn.Module, table: dict[str, Any]) -> list[int]:
         ("grad_cosine", "mean", True),
         ("datainf", "vote", False),
         ("datainf", "rank", True),
+        ("grad_dot", "median", True),
+        ("grad_cosine", "trimmed_mean", False),
+        ("grad_cosine", "common_set", False),
+        ("datainf", "min", True),
     ],
 )
 def test_scores_equal_those_of_loops(
@@ -130,9 +138,9 @@ def oracle_bounds(
     for sign in (-1, 1):
         # one sample at a time against all others as they are
         scores = [
-            oracles.aggregate(
+            aggregation_oracles.aggregate(
                 influence_MVT + sign * slack * (torch.arange(influence_MVT.shape[2]) == sample),
-                aggregation=aggregation,
+                aggregation,
                 vote_fraction=vote_fraction,
             )[sample]
             for sample in range(influence_MVT.shape[2])
@@ -156,8 +164,15 @@ def test_related_samples_are_those_with_the_lowest_and_highest_mean_influence(
     layout: Any = read_json(artifacts.modules)
     members = layout["groups"][group]
     facts = TrainingFacts(artifacts, audit.provenance["num_shards"])
-    monkeypatch.setattr(scores, "BLOCK_BYTES", block_bytes)
-    related = find_related(artifacts, facts, estimator="grad_cosine", modules=members)
+    monkeypatch.setattr(column_source, "BLOCK_BYTES", block_bytes)
+    everything_V = torch.ones(len(VALIDATION["text"]), dtype=torch.bool)
+    scorer = Scorer(
+        artifacts,
+        facts,
+        layout=ModelLayout.read(artifacts.modules),
+        validation=ValidationChoice(everything_V, everything_V, everything_V.long()),
+    )
+    related = scorer.find_related(ESTIMATORS["grad_cosine"], layers=group)
     assert related is not None
 
     influence_MVT = read_influence(artifacts, facts, "grad_cosine")

@@ -1,44 +1,58 @@
 """The last stage: scores, metrics, the ranking, and its publication in one transaction."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from sqlalchemy.orm import Session
+from torch import Tensor
 
 from app.audits.models import Ranking
 from app.db import new_id
-from workers.pipeline.artifacts import read_json, read_tensors
+from workers.influence.aggregation import lower_half
+from workers.influence.layer_groups import UnknownLayers
+from workers.pipeline.artifacts import read_tensors
+from workers.pipeline.cancelling import describe_cancellation
 from workers.pipeline.context import StageContext, StageOutput
+from workers.pipeline.estimating import estimators_of
+from workers.pipeline.failures import AuditRefused
+from workers.pipeline.layout import ModelLayout
+from workers.pipeline.non_finite import check_share, no_samples, warn_of
 from workers.pipeline.prepare import Prepared
 from workers.pipeline.publish import RankedSet, copy_rows, write_files
 from workers.pipeline.samples import SampleSet
-from workers.pipeline.scores import TrainingFacts, detection, find_related, score_all
-from workers.pipeline.validation import estimators_of
+from workers.pipeline.scores import Scorer, ValidationChoice, detection
+from workers.pipeline.training_facts import TrainingFacts
 
 
 def aggregate(context: StageContext) -> StageOutput:
     """Rank the training samples and publish: files first, then rows and state together."""
     artifacts, request = context.artifacts, context.request
     ranking = request.ranking
-    prepared = Prepared.read(artifacts.prepared)
-    labels = [str(label) for label in prepared.labels]
-    train, validation = SampleSet(artifacts.train), SampleSet(artifacts.validation)
+    labels = [str(label) for label in Prepared.read(artifacts.prepared).labels]
+    train = SampleSet(artifacts.train)
+    validation = SampleSet(artifacts.validation) if request.validation else None
     facts = TrainingFacts(artifacts, context.provenance["num_shards"])
-    validation_facts = read_tensors(artifacts.validation_facts)
-    is_correct_V = validation_facts["predicted"] == validation.label_T
-    layout: Mapping[str, Any] = read_json(artifacts.modules)
-    groups: dict[str, list[int]] = layout["groups"]
-    scored = score_all(
+    check_share(context, facts.is_finite_T, name="training")
+    validation_facts = read_tensors(artifacts.validation_facts) if validation else {}
+    layout = ModelLayout.read(artifacts.modules)
+    scorer = Scorer(
         artifacts,
         facts,
-        estimators=estimators_of(context),
-        ranking=ranking,
-        groups=groups,
-        is_correct_V=is_correct_V,
+        layout=layout,
+        validation=choose_validation(validation, validation_facts),
+        num_checkpoints=context.provenance.get("num_checkpoints", 0),
         is_noisy_T=train.is_noisy_T,
         seed=request.seed,
         tick=context.hold.tick,
     )
+    estimators = estimators_of(context)
+    (ranking_estimator,) = (item for item in estimators if item.name == ranking.estimator)
+    try:
+        scored = scorer.score_all(estimators, aggregations=request.aggregations, ranking=ranking)
+        related = scorer.find_related(ranking_estimator, layers=ranking.layers)
+    except UnknownLayers as error:
+        raise AuditRefused("unknown_layers", str(error), field="ranking.layers") from error
     num_flagged = request.flag.number(len(train))
     ranked = RankedSet(
         samples=train,
@@ -47,9 +61,7 @@ def aggregate(context: StageContext) -> StageOutput:
         group_scores=scored.group_scores,
         layers=ranking.layers,
         num_flagged=num_flagged,
-        related=find_related(
-            artifacts, facts, estimator=ranking.estimator, modules=groups[ranking.layers]
-        ),
+        related=related,
     )
     context.hold.keep_alive()
     files = write_files(ranked, artifacts.results)
@@ -73,25 +85,89 @@ def aggregate(context: StageContext) -> StageOutput:
         )
 
     noisy_T = train.is_noisy_T
+    preflight = context.provenance.get("preflight")
+    is_finite_V = validation_facts.get("is_finite", no_samples()).bool()
     return StageOutput(
         columns={
             "summary": {
                 "ranking_id": ranking_id,
                 "num_flagged": num_flagged,
                 "labels": labels,
-                "validation_accuracy": float(is_correct_V.double().mean()),
-                "train_accuracy": float((facts.predicted_T == train.label_T).double().mean()),
+                "validation_accuracy": measure_accuracy(validation, validation_facts)
+                if validation
+                else None,
+                "train_accuracy": measure_accuracy(
+                    train,
+                    {
+                        "predicted": facts.predicted_T,
+                        "predicted_probability": facts.predicted_probability_T,
+                        "is_finite": facts.is_finite_T,
+                    },
+                ),
                 "num_noisy": int(noisy_T.sum()) if noisy_T is not None else None,
-                "warnings": scored.warnings,
+                "num_non_finite": facts.num_non_finite,
+                "num_non_finite_validation": int((~is_finite_V).sum()),
+                "warnings": [
+                    *scored.warnings,
+                    *warn_of(facts.is_finite_T, name="training"),
+                    *warn_of(is_finite_V, name="validation"),
+                    *(preflight or {}).get("warnings", ()),
+                ],
                 "files": files,
                 "detection": detection(scored.group_scores[ranking.layers], noisy_T),
+                **describe_cancellation(facts, layout, layers=ranking.layers),
+                "projection": context.provenance.get("projection"),
+                "preflight": preflight,
                 "group_order": list(scored.group_scores),
-                "layer_groups": {
-                    group: [layout["modules"][module] for module in members]
-                    for group, members in groups.items()
-                },
+                **name_groups(layout, scored.configurations),
                 "configurations": scored.configurations,
             }
         },
         write=write,
     )
+
+
+def choose_validation(samples: SampleSet | None, facts: Mapping[str, Tensor]) -> ValidationChoice:
+    """Return which validation samples count, and which of them `correct_only` keeps.
+
+    Those that the model predicts correctly; for a causal language model the half with the lower
+    loss, of those that are finite.
+    """
+    if samples is None:
+        return ValidationChoice.nothing()
+    is_finite_V = facts["is_finite"].bool()
+    if samples.has_completions:
+        is_correct_V = torch.zeros_like(is_finite_V)
+        is_correct_V[is_finite_V] = lower_half(facts["loss"][is_finite_V])
+    else:
+        is_correct_V = facts["predicted"] == samples.label_T
+    return ValidationChoice(is_finite_V, is_correct_V, samples.label_T)
+
+
+def measure_accuracy(samples: SampleSet, facts: Mapping[str, Tensor]) -> float | None:
+    """Return the share of right predictions among the finite samples, None if there are none.
+
+    For a causal language model the mean share of completion tokens that it predicts right.
+    """
+    is_finite_N = facts["is_finite"].bool()
+    if not bool(is_finite_N.any()):
+        return None
+    if samples.has_completions:
+        share_N = facts["predicted_probability"]
+    else:
+        share_N = facts["predicted"] == samples.label_T
+    return float(share_N[is_finite_N].double().mean())
+
+
+def name_groups(layout: ModelLayout, configurations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the modules of every layer group of the table, and the order of the groups."""
+    standard = list(layout.groups)
+    found = dict.fromkeys(item["layer_group"] for item in configurations)
+    order = [*(name for name in standard if name in found)]
+    order += [name for name in found if name not in standard]
+    return {
+        "layer_groups": {
+            name: [layout.modules[module] for module in layout.members(name)] for name in order
+        },
+        "layer_group_order": order,
+    }

@@ -18,8 +18,17 @@ from torch import Tensor
 
 _NUMPY_DTYPES = {
     name: np.dtype(dtype)
-    for name, dtype in (("F32", "<f4"), ("F64", "<f8"), ("I32", "<i4"), ("I64", "<i8"))
+    for name, dtype in (
+        ("F32", "<f4"),
+        ("F64", "<f8"),
+        ("I32", "<i4"),
+        ("I64", "<i8"),
+        ("BOOL", "?"),
+    )
 }
+# Below this, reading on is faster than another system call.
+_WORTH_A_SEEK = 8192
+_READ_BYTES = 8 * 1024**2
 
 
 class Artifacts:
@@ -32,28 +41,58 @@ class Artifacts:
         self.prepared = self.root / "prepared" / "prepared.json"
         self.checkpoint = self.root / "fine_tune" / "checkpoint.safetensors"
         self.adapter = self.root / "fine_tune" / "adapter"
-        self.validation_gradients = self.root / "validation" / "gradients.safetensors"
+        self.epochs = self.root / "fine_tune" / "epochs.json"
         self.validation_facts = self.root / "validation" / "facts.safetensors"
+        self.hidden_states = self.root / "validation" / "hidden_states.safetensors"
+        self.fitted = self.root / "validation" / "fitted.safetensors"
         self.modules = self.root / "validation" / "modules.json"
-        self.queries = self.root / "scratch" / "queries.safetensors"
         self.results = self.root / "results"
         self._scratch = self.root / "scratch"
 
+    def epoch_adapter(self, epoch: int) -> Path:
+        """The adapter as it was after an epoch, from 0, kept where several are compared."""
+        return self.root / "fine_tune" / "epochs" / str(epoch)
+
+    def validation_gradients(self, checkpoint: int | None = None) -> Path:
+        """The validation samples' gradients, at the audited state or at a checkpoint."""
+        name = "gradients" if checkpoint is None else f"gradients-{checkpoint}"
+        return self.root / "validation" / f"{name}.safetensors"
+
     def facts(self, shard: int) -> Path:
-        """What a shard's forward pass told of each sample."""
+        """What a shard's forward and backward pass told of each sample."""
         return self.root / "facts" / f"{shard:05d}.safetensors"
 
-    def influence(self, estimator: str, shard: int) -> Path:
-        """A shard's influence [M, V, T_shard]."""
-        return self.root / "influence" / estimator / f"{shard:05d}.safetensors"
+    @property
+    def ranks(self) -> Path:
+        """A folder for the ranks of one estimator's influence while they are aggregated."""
+        return self._scratch / "ranks"
+
+    def influence(self, estimator: str, shard: int, checkpoint: int | None = None) -> Path:
+        """A shard's influence [modules, columns, T_shard]; one file a checkpoint for tracin."""
+        folder = self.root / "influence" / estimator
+        if checkpoint is not None:
+            folder /= str(checkpoint)
+        return folder / f"{shard:05d}.safetensors"
 
     def gradients(self, shard: int) -> Path:
         """A shard's per-sample gradients, kept between passes."""
         return self._scratch / "gradients" / f"{shard:05d}.safetensors"
 
-    def curvature(self, shard: int) -> Path:
-        """A shard's part of the curvature."""
-        return self._scratch / "curvature" / f"{shard:05d}.safetensors"
+    def block_gradients(self, block: int, shard: int) -> Path:
+        """The same of one block of modules, where those of all would take too much disk."""
+        return self._scratch / "blocks" / str(block) / f"{shard:05d}.safetensors"
+
+    def kronecker(self, shard: int) -> Path:
+        """A shard's sums of inputs and output gradients."""
+        return self._scratch / "kronecker" / f"{shard:05d}.safetensors"
+
+    def queries(self, block: int) -> Path:
+        """The preconditioned validation gradients of one block of modules."""
+        return self._scratch / "queries" / f"{block:05d}.safetensors"
+
+    def remove_block(self, block: int) -> None:
+        """Remove the gradients of one block of modules."""
+        shutil.rmtree(self._scratch / "blocks" / str(block), ignore_errors=True)
 
     def remove_scratch(self) -> None:
         """Remove what only the passes over the gradients needed."""
@@ -111,6 +150,9 @@ class TensorFile:
         """Return a tensor's shape."""
         return tuple(self._header[name]["shape"])
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._header
+
     def rows(self, name: str, *indices: int, rows: slice = slice(None)) -> Tensor:
         """Return `tensor[*indices, rows]`, a copy."""
         shape = self.shape(name)
@@ -130,11 +172,35 @@ class TensorFile:
         )
         return torch.from_numpy(values).view(stop - start, *inner)
 
+    def columns(self, name: str, columns: slice) -> Tensor:
+        """Return `tensor[..., columns]`, a copy."""
+        shape = self.shape(name)
+        dtype = _NUMPY_DTYPES[self._header[name]["dtype"]]
+        start, stop, _ = columns.indices(shape[-1])
+        values = np.empty((math.prod(shape[:-1]), stop - start), dtype=dtype)
+        row_bytes = shape[-1] * dtype.itemsize
+        with self._path.open("rb", buffering=0) as file:
+            first = file.seek(self._start + self._header[name]["data_offsets"][0])
+            if row_bytes - values[:1].nbytes > _WORTH_A_SEEK:
+                for row, value in enumerate(values):
+                    offset = first + row * row_bytes + start * dtype.itemsize
+                    if os.preadv(file.fileno(), [value], offset) != value.nbytes:
+                        raise EOFError(f"{self._path} ends too early.")
+            else:
+                for part in np.array_split(values, -(-len(values) * row_bytes // _READ_BYTES)):
+                    rows = np.fromfile(file, dtype=dtype, count=len(part) * shape[-1])
+                    part[:] = rows.reshape(len(part), shape[-1])[:, start:stop]
+        return torch.from_numpy(values).view(*shape[:-1], stop - start)
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a file."""
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Read the tensors of a file whose names begin with a prefix, by what follows it."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        return {
+            name.removeprefix(prefix): file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118  not a dict
+            if name.startswith(prefix)
+        }
 
 
 def write_json(path: Path, value: object) -> None:

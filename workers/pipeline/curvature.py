@@ -1,97 +1,135 @@
-"""Stages 5 and 6: the curvature that an estimator sums over ALL training samples, and its queries.
+"""Stage 6, by block of modules: estimators whose curvature sums over ALL training samples.
 
-Each shard sums its part; then the parts are added in the order of the shards, so that the sum does
-not depend on who computed what when.
+Everything of a module happens in one unit, over the same batches in the same order, so that no bit
+of it depends on the number of shards.
 
 Shapes: V validation samples, B a block of training samples, d entries of one module.
 """
 
-import torch
+from collections.abc import Iterator
+from functools import partial
+
 from torch import Tensor
 
-from workers.influence.estimators import ESTIMATORS, CurvatureEstimator
-from workers.pipeline.artifacts import TensorFile, write_tensors
+from workers.influence.estimators import CurvatureEstimator, TrainingGradients
+from workers.influence.kronecker import KroneckerSums
+from workers.influence.layers import ModuleSpec
+from workers.pipeline.artifacts import TensorFile, read_tensors, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
-from workers.pipeline.gradients import stream_gradients
+from workers.pipeline.estimating import estimators_of
+from workers.pipeline.gradients import dense_modules, keep_block, shard_batches, stream_kept
 from workers.pipeline.runtime import Runtime, load_runtime
-from workers.pipeline.validation import estimators_of
+
+MAX_MODULES_PER_BLOCK = 8
+FLOAT32 = 4
+
+
+def plan_module_blocks(
+    modules: list[tuple[int, ModuleSpec]], *, num_train: int, max_bytes: int
+) -> list[list[int]]:
+    """Cut modules into blocks, each the work of one unit.
+
+    Args:
+        modules: positions and descriptions of the modules that pass through a curvature.
+        num_train: T.
+        max_bytes: disk that the gradients of one block may take; a module that takes more is a
+            block of its own.
+    """
+    blocks: list[list[int]] = []
+    room = 0
+    for module, spec in modules:
+        needed = FLOAT32 * num_train * spec.num_parameters
+        if not blocks or needed > room or len(blocks[-1]) == MAX_MODULES_PER_BLOCK:
+            blocks.append([])
+            room = max_bytes
+        blocks[-1].append(module)
+        room -= needed
+    return blocks
+
+
+def module_blocks(context: StageContext, runtime: Runtime) -> list[list[int]]:
+    """Return the audit's blocks of modules."""
+    specs = runtime.extractor.modules
+    return plan_module_blocks(
+        [(module, specs[module]) for module in dense_modules(runtime)],
+        num_train=len(runtime.train),
+        max_bytes=context.settings.max_gradient_cache_bytes,
+    )
 
 
 def curvature_estimators(context: StageContext) -> list[CurvatureEstimator]:
     """Return the audit's estimators that need further passes."""
-    return [
-        estimator
-        for name in estimators_of(context)
-        if isinstance(estimator := ESTIMATORS[name], CurvatureEstimator)
-    ]
+    return [item for item in estimators_of(context) if isinstance(item, CurvatureEstimator)]
 
 
-def sum_curvature(context: StageContext) -> StageOutput:
-    """Write a shard's part of every estimator's curvature, float64 [V, d] per module."""
-    artifacts, shard = context.artifacts, context.claim.position
-    if artifacts.curvature(shard).exists():
+def fit_curvature(context: StageContext) -> StageOutput:
+    """Write every estimator's queries, float32 [V, d], of one block of modules."""
+    artifacts, block = context.artifacts, context.claim.position
+    if artifacts.queries(block).exists():
         return StageOutput()
     runtime = load_runtime(context)
-    validation = [
-        gradient_Vd.double()
-        for gradient_Vd in runtime.validation_gradients(artifacts.validation_gradients)
-    ]
-    parts: dict[str, Tensor] = {}
+    modules = module_blocks(context, runtime)[block]
+    if not context.provenance["keeps_gradients"]:
+        keep_block(context, runtime, block=block, modules=modules)
+    validation = runtime.validation_rows(artifacts.validation_gradients())
     estimators = curvature_estimators(context)
-    dampings = {estimator.name: _dampings(context, runtime, estimator) for estimator in estimators}
-    for _positions, gradients in stream_gradients(context, runtime, shard):
-        for estimator in estimators:
-            for module, gradient_Bd in enumerate(gradients):
-                part_Vd = estimator.partial_curvature(
-                    validation_Vd=validation[module],
-                    train_Bd=gradient_Bd,
-                    damping=dampings[estimator.name][module],
-                )
-                key = f"{estimator.name}/{module:05d}"
-                if key in parts:
-                    parts[key] += part_Vd
-                else:
-                    parts[key] = part_Vd
-    write_tensors(artifacts.curvature(shard), parts)
-    return StageOutput()
-
-
-def precondition(context: StageContext) -> StageOutput:
-    """Add the parts up and write every estimator's queries, float32 [V, d] per module."""
-    runtime = load_runtime(context)
-    artifacts = context.artifacts
-    validation = runtime.validation_gradients(artifacts.validation_gradients)
-    num_shards = context.provenance["num_shards"]
-    parts = [TensorFile(artifacts.curvature(shard)) for shard in range(num_shards)]
     queries: dict[str, Tensor] = {}
-    for estimator in curvature_estimators(context):
-        dampings = _dampings(context, runtime, estimator)
-        for module, validation_Vd in enumerate(validation):
-            key = f"{estimator.name}/{module:05d}"
-            context.hold.tick(module, len(validation))
-            curvature_Vd = torch.zeros(validation_Vd.shape, dtype=torch.float64)
-            for part in parts:
-                curvature_Vd += part.rows(key)
-            queries[key] = estimator.precondition(
-                validation_Vd=validation_Vd,
-                curvature_Vd=curvature_Vd.to(validation_Vd.device),
-                num_train=len(runtime.train),
-                damping=dampings[module],
-            )
-    write_tensors(artifacts.queries, queries)
+    for module in modules:
+        training = _training_gradients(context, runtime, block=block, module=module)
+        validation_Vd = validation[module].dense()
+        for estimator in estimators:
+            context.hold.keep_alive()
+            query_Vd = estimator.queries(validation_Vd=validation_Vd, training=training)
+            queries[f"{estimator.name}/{module:05d}"] = query_Vd
+    write_tensors(artifacts.queries(block), queries)
+    artifacts.remove_block(block)
     return StageOutput()
 
 
-def _dampings(
-    context: StageContext, runtime: Runtime, estimator: CurvatureEstimator
-) -> list[float]:
-    """Return the damping of every module, from the gradient lengths of ALL training samples."""
-    total_M = torch.zeros(len(runtime.extractor.modules), dtype=torch.float64)
-    for shard in range(context.provenance["num_shards"]):
-        total_M += TensorFile(context.artifacts.facts(shard)).rows("squared_norm_sum")
-    return [
-        estimator.damping(
-            mean_squared_norm=total / len(runtime.train), num_parameters=spec.num_parameters
+def _training_gradients(
+    context: StageContext, runtime: Runtime, *, block: int, module: int
+) -> TrainingGradients:
+    artifacts = context.artifacts
+    shards = range(context.provenance["num_shards"])
+    facts = [TensorFile(artifacts.facts(shard)) for shard in shards]
+    num_finite = sum(int(file.rows("is_finite").sum()) for file in facts)
+    total = sum(float(file.rows("squared_norm_sum")[module]) for file in facts)
+    return TrainingGradients(
+        num_samples=num_finite,
+        mean_squared_norm=total / max(1, num_finite),
+        spec=runtime.extractor.modules[module],
+        kronecker=_read_kronecker(context, module),
+        blocks=partial(_blocks, context, runtime, block, module),
+    )
+
+
+def _blocks(context: StageContext, runtime: Runtime, block: int, module: int) -> Iterator[Tensor]:
+    """Yield a module's gradients [B, d] of all training samples, in the order of the batches."""
+    artifacts = context.artifacts
+    num_shards = context.provenance["num_shards"]
+    for shard in range(num_shards):
+        path = (
+            artifacts.gradients(shard)
+            if context.provenance["keeps_gradients"]
+            else artifacts.block_gradients(block, shard)
         )
-        for total, spec in zip(total_M.tolist(), runtime.extractor.modules, strict=True)
-    ]
+        for gradient_Bd in stream_kept(
+            path, runtime, module, shard_batches(context, runtime, shard)
+        ):
+            context.hold.tick(shard, num_shards)
+            yield gradient_Bd
+
+
+def _read_kronecker(context: StageContext, module: int) -> KroneckerSums | None:
+    """Return a module's sums over all shards, in their order; None where it has none."""
+    result: KroneckerSums | None = None
+    for shard in range(context.provenance["num_shards"]):
+        path = context.artifacts.kronecker(shard)
+        if not path.exists():
+            return None
+        tensors = read_tensors(path, prefix=f"{module:05d}/")
+        if not tensors:
+            return None
+        sums = KroneckerSums.from_tensors(tensors)
+        result = sums if result is None else result + sums
+    return result

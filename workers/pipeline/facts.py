@@ -1,12 +1,14 @@
-"""What the forward and backward pass tells of each sample, beside its gradients.
+"""What the forward and backward pass tells of each sample, beside influence.
 
-Shapes: N samples, C classes, M modules.
+Shapes: N samples, M modules, d entries of a module, U tokens, H width.
 """
 
 import torch
 from torch import Tensor
 
 from workers.influence.gradients import SampleGradients
+
+NO_CLASS = -1
 
 
 class Facts:
@@ -15,24 +17,75 @@ class Facts:
     def __init__(self, num_samples: int, num_modules: int) -> None:
         self._tensors = {
             "loss": torch.zeros(num_samples),
-            "predicted": torch.zeros(num_samples, dtype=torch.int32),
+            "predicted": torch.full((num_samples,), NO_CLASS, dtype=torch.int32),
             "predicted_probability": torch.zeros(num_samples),
             "given_probability": torch.zeros(num_samples),
             "squared_norm": torch.zeros(num_modules, num_samples),
+            "is_finite": torch.zeros(num_samples, dtype=torch.bool),
         }
 
-    def put(self, positions: slice | Tensor, sample: SampleGradients, label_B: Tensor) -> None:
+    def put(self, positions: slice | Tensor, sample: SampleGradients) -> None:
         """Keep what a batch told of the samples at some positions."""
-        probability_BC = sample.logits_BC.softmax(dim=1)
-        predicted = probability_BC.max(dim=1)
-        given_B = probability_BC.gather(1, label_B.to(probability_BC.device)[:, None])[:, 0]
+        outcome = sample.outcome
         self._tensors["loss"][positions] = sample.loss_B.cpu()
-        self._tensors["predicted"][positions] = predicted.indices.int().cpu()
-        self._tensors["predicted_probability"][positions] = predicted.values.cpu()
-        self._tensors["given_probability"][positions] = given_B.cpu()
+        if outcome.predicted_B is not None:
+            self._tensors["predicted"][positions] = outcome.predicted_B.int().cpu()
+        self._tensors["predicted_probability"][positions] = outcome.predicted_probability_B.cpu()
+        self._tensors["given_probability"][positions] = outcome.given_probability_B.cpu()
         self._tensors["squared_norm"][:, positions] = sample.squared_norm_MB.cpu()
+        self._tensors["is_finite"][positions] = sample.is_finite_B.cpu()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return everything, with the sum of the squared norms of each module in float64."""
-        total = self._tensors["squared_norm"].double().sum(dim=1)
-        return {**self._tensors, "squared_norm_sum": total}
+        """Return everything, with the sum of the squared norms of each module in float64.
+
+        Numbers of samples that are not finite are 0, so that every answer can carry them.
+        """
+        finite = {
+            name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
+            if value.is_floating_point()
+            else value
+            for name, value in self._tensors.items()
+        }
+        return {**finite, "squared_norm_sum": finite["squared_norm"].double().sum(dim=1)}
+
+
+class Totals:
+    """Sums gradients over samples, module by module: what the cancellation is made of."""
+
+    def __init__(self, num_modules: int) -> None:
+        self._absolute_M = torch.zeros(num_modules, dtype=torch.float64)
+        self._dense: dict[int, Tensor] = {}
+        self._sparse: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, sample: SampleGradients) -> None:
+        """Add the gradients of a batch; those of samples that are not finite are zero."""
+        # all sums first: a batch that runs out of memory here is done again, and counts once
+        absolute_M = torch.stack(
+            [rows.absolute_sum().double().sum().cpu() for rows in sample.gradients]
+        )
+        totals = [rows.total() for rows in sample.gradients]
+        self._absolute_M += absolute_M
+        for module, total in enumerate(totals):
+            if isinstance(total, tuple):
+                ids_U, rows_UH = total
+                self._sparse.setdefault(module, []).append((ids_U.cpu(), rows_UH.cpu()))
+            elif module in self._dense:
+                self._dense[module] += total.cpu()
+            else:
+                self._dense[module] = total.cpu()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return `absolute_sum` [M] and, by module, `total/<module>`, float64.
+
+        That of the word embeddings is [U, H], with the tokens [U] as `total_tokens/<module>`.
+        """
+        result = {"absolute_sum": self._absolute_M}
+        for module, total_d in self._dense.items():
+            result[f"total/{module:05d}"] = total_d
+        for module, parts in self._sparse.items():
+            ids_U, place_P = torch.cat([ids for ids, _ in parts]).unique(return_inverse=True)
+            rows_PH = torch.cat([rows for _, rows in parts])
+            total_UH = rows_PH.new_zeros(len(ids_U), rows_PH.shape[1])
+            result[f"total/{module:05d}"] = total_UH.index_add_(0, place_P, rows_PH)
+            result[f"total_tokens/{module:05d}"] = ids_U
+        return result

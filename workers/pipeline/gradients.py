@@ -1,24 +1,31 @@
-"""Stage 4, by shard: per-sample gradients, and the influence that is one dot product away.
+"""Stage 4, by shard: per-sample gradients, and the influence that is one product away.
 
-Shapes: M modules, V validation samples, T the shard's training samples, B a batch of them.
+Shapes: M modules, L blocks, V validation samples, C classes, T the shard's training samples, B a
+batch of them, d entries of a module, H hidden width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workers.influence.estimators import ESTIMATORS, DotEstimator
+from workers.influence.gradients import SampleGradients
+from workers.influence.kronecker import KroneckerSums
 from workers.pipeline.artifacts import TensorFile, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
-from workers.pipeline.facts import Facts
+from workers.pipeline.estimating import wishes_of
+from workers.pipeline.facts import Facts, Totals
 from workers.pipeline.memory import in_batches, plan_batches
 from workers.pipeline.runtime import Runtime, load_runtime
-from workers.pipeline.validation import estimators_of
+from workers.pipeline.shard_influence import ShardInfluence
 
 
 def compute_gradients(context: StageContext) -> StageOutput:
-    """Write a shard's facts, the influence of all dot estimators, and the gradients to be kept."""
+    """Write a shard's facts, the influence that needs no other shard, and what later passes need.
+
+    The gradients are taken once, however many estimators there are.
+    """
     artifacts, shard = context.artifacts, context.claim.position
     # The facts are written last: where they are, a worker was here before and finished.
     if artifacts.facts(shard).exists():
@@ -26,36 +33,25 @@ def compute_gradients(context: StageContext) -> StageOutput:
     runtime = load_runtime(context)
     modules = runtime.extractor.modules
     index_T = runtime.shard(context, shard)
-    validation = runtime.validation_gradients(artifacts.validation_gradients)
-    validation_norms = [gradient_Vd.norm(dim=1) for gradient_Vd in validation]
-    estimators = [
-        estimator
-        for name in estimators_of(context)
-        if isinstance(estimator := ESTIMATORS[name], DotEstimator)
-    ]
-    shape = (len(modules), len(runtime.validation), len(index_T))
-    influence = {estimator.name: torch.zeros(shape) for estimator in estimators}
-    keeps_gradients = context.provenance["keeps_gradients"]
-    kept = [torch.zeros(len(index_T), spec.num_parameters) for spec in modules] * keeps_gradients
-    facts = Facts(len(index_T), len(modules))
+    influence = ShardInfluence(context, runtime, num_samples=len(index_T))
+    kept = {
+        module: torch.zeros(len(index_T), modules[module].num_parameters)
+        for module in dense_modules(runtime)
+        if context.provenance["keeps_gradients"]
+    }
+    facts, totals = Facts(len(index_T), len(modules)), Totals(len(modules))
+    kronecker: dict[int, KroneckerSums] = {}
 
     def work(positions: slice, indices: Tensor) -> None:
         context.hold.tick(positions.start, len(index_T))
-        sample = runtime.extract(runtime.train, indices, name="training")
-        facts.put(positions, sample, runtime.train.label_T[indices])
-        norm_MB = sample.squared_norm_MB.sqrt()
-        for module, gradient_Bd in enumerate(sample.gradients):
-            if keeps_gradients:
-                kept[module][positions] = gradient_Bd.cpu()
-            if not estimators:
-                continue
-            dot_VB = validation[module] @ gradient_Bd.T
-            for estimator in estimators:
-                influence[estimator.name][module, :, positions] = estimator.influence(
-                    dot_VB=dot_VB,
-                    validation_norm_V=validation_norms[module],
-                    train_norm_B=norm_MB[module],
-                ).cpu()
+        sample = runtime.extract(runtime.train, indices)
+        facts.put(positions, sample)
+        influence.add(positions, sample)
+        for module, kept_Td in kept.items():
+            kept_Td[positions] = sample.gradients[module].dense().cpu()
+        # what adds up comes last: a batch that runs out of memory is done again in halves
+        totals.add(sample)
+        _add_kronecker(kronecker, sample)
 
     runtime.tokens_per_batch = in_batches(
         index_T,
@@ -63,56 +59,78 @@ def compute_gradients(context: StageContext) -> StageOutput:
         tokens_per_batch=runtime.tokens_per_batch,
         work=work,
     )
-    for name, influence_MVT in influence.items():
-        write_tensors(artifacts.influence(name, shard), {"influence": influence_MVT})
-    if keeps_gradients:
+    influence.write(shard)
+    if kept:
+        _write_gradients(artifacts.gradients(shard), kept)
+    if wishes_of(context).kronecker:
         write_tensors(
-            artifacts.gradients(shard),
-            {f"{module:05d}": gradient_Td for module, gradient_Td in enumerate(kept)},
+            artifacts.kronecker(shard),
+            {
+                f"{module:05d}/{name}": tensor
+                for module, sums in kronecker.items()
+                for name, tensor in sums.tensors().items()
+            },
         )
-    write_tensors(artifacts.facts(shard), {"index": index_T, **facts.tensors()})
+    write_tensors(artifacts.facts(shard), {"index": index_T, **facts.tensors(), **totals.tensors()})
     return StageOutput(
         result={"samples": len(index_T), "tokens_per_batch": runtime.tokens_per_batch}
     )
 
 
-def stream_gradients(
-    context: StageContext, runtime: Runtime, shard: int
-) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Yield a shard's gradients again, by positions in the shard, all modules [B, d].
+def dense_modules(runtime: Runtime) -> list[int]:
+    """Return the modules that pass through a curvature: all but the word embeddings."""
+    return [
+        module for module, spec in enumerate(runtime.extractor.modules) if spec.form != "sparse"
+    ]
 
-    They are read where they were kept, else computed again. The blocks are the batches that were
-    planned when computing began, so that what is made of them depends neither on the shard that a
-    batch fell into nor on whether gradients were kept.
+
+def _add_kronecker(kronecker: dict[int, KroneckerSums], sample: SampleGradients) -> None:
+    for module, sums in enumerate(sample.kronecker):
+        if sums is not None:
+            kronecker[module] = kronecker[module] + sums if module in kronecker else sums
+
+
+def _write_gradients(path: Path, gradients: dict[int, Tensor]) -> None:
+    write_tensors(path, {f"{module:05d}": gradient for module, gradient in gradients.items()})
+
+
+def stream_kept(
+    path: Path, runtime: Runtime, module: int, batches: Sequence[slice]
+) -> Iterator[Tensor]:
+    """Yield a module's kept gradients [B, d] of one shard, batch by batch."""
+    file = TensorFile(path)
+    for positions in batches:
+        yield file.rows(f"{module:05d}", rows=positions).to(runtime.device)
+
+
+def shard_batches(context: StageContext, runtime: Runtime, shard: int) -> list[slice]:
+    """Return the batches of a shard, as positions in it.
+
+    They are those that were planned when computing began, so that what is made of them depends
+    neither on the shard that a batch fell into nor on whether gradients were kept.
     """
-    index_T = runtime.shard(context, shard)
-    length_T = runtime.train.length_T[index_T]
-    path = context.artifacts.gradients(shard)
-    kept = TensorFile(path) if path.exists() else None
+    length_T = runtime.train.length_T[runtime.shard(context, shard)]
+    batches = []
     start = 0
     for batch in plan_batches(length_T, tokens_per_batch=context.provenance["tokens_per_batch"]):
-        context.hold.tick(start, len(index_T))
-        positions = slice(start, start + len(batch))
-        if kept is not None:
-            yield (
-                positions,
-                tuple(
-                    kept.rows(f"{module:05d}", rows=positions).to(runtime.device)
-                    for module in range(len(runtime.extractor.modules))
-                ),
-            )
-        else:
-            yield positions, _compute_again(context, runtime, index_T[positions])
-        start = positions.stop
+        batches.append(slice(start, start + len(batch)))
+        start += len(batch)
+    return batches
 
 
-def _compute_again(context: StageContext, runtime: Runtime, index_B: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients [B, d] of one batch; it is cut where memory is shorter than planned."""
-    parts: list[tuple[Tensor, ...]] = []
+def compute_again(
+    context: StageContext, runtime: Runtime, index_B: Tensor, modules: Sequence[int]
+) -> list[Tensor]:
+    """Return the gradients [B, d] of some modules for one batch.
+
+    The batch is cut where memory is shorter than planned.
+    """
+    parts: list[list[Tensor]] = []
 
     def work(_: slice, indices: Tensor) -> None:
         context.hold.keep_alive()
-        parts.append(runtime.extract(runtime.train, indices, name="training").gradients)
+        gradients = runtime.extract(runtime.train, indices).gradients
+        parts.append([gradients[module].dense() for module in modules])
 
     runtime.tokens_per_batch = in_batches(
         index_B,
@@ -120,4 +138,29 @@ def _compute_again(context: StageContext, runtime: Runtime, index_B: Tensor) -> 
         tokens_per_batch=runtime.tokens_per_batch,
         work=work,
     )
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+    return [torch.cat(columns) for columns in zip(*parts, strict=True)]
+
+
+def keep_block(
+    context: StageContext, runtime: Runtime, *, block: int, modules: Sequence[int]
+) -> None:
+    """Compute the gradients of one block of modules again and keep them, shard by shard.
+
+    For audits whose gradients would take too much disk if they were kept all at once.
+    """
+    num_shards = context.provenance["num_shards"]
+    for shard in range(num_shards):
+        path = context.artifacts.block_gradients(block, shard)
+        if path.exists():
+            continue
+        index_T = runtime.shard(context, shard)
+        specs = runtime.extractor.modules
+        kept = {
+            module: torch.zeros(len(index_T), specs[module].num_parameters) for module in modules
+        }
+        for positions in shard_batches(context, runtime, shard):
+            context.hold.tick(shard, num_shards)
+            parts = compute_again(context, runtime, index_T[positions], modules)
+            for kept_Td, part_Bd in zip(kept.values(), parts, strict=True):
+                kept_Td[positions] = part_Bd.cpu()
+        _write_gradients(path, kept)

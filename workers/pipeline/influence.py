@@ -2,29 +2,61 @@
 
 import torch
 
-from workers.pipeline.artifacts import read_tensors, write_tensors
+from workers.pipeline.artifacts import TensorFile, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
-from workers.pipeline.curvature import curvature_estimators
-from workers.pipeline.gradients import stream_gradients
-from workers.pipeline.runtime import load_runtime
+from workers.pipeline.curvature import curvature_estimators, module_blocks
+from workers.pipeline.gradients import compute_again, dense_modules, shard_batches, stream_kept
+from workers.pipeline.runtime import Runtime, load_runtime
 
 
 def compute_influence(context: StageContext) -> StageOutput:
     """Write a shard's influence [M, V, T_shard] by every estimator's queries."""
     artifacts, shard = context.artifacts, context.claim.position
     runtime = load_runtime(context)
-    queries = {
-        name: query_Vd.to(runtime.device)
-        for name, query_Vd in read_tensors(artifacts.queries).items()
-    }
+    modules = dense_modules(runtime)
     index_T = runtime.shard(context, shard)
-    shape = (len(runtime.extractor.modules), len(runtime.validation), len(index_T))
+    shape = (len(modules), len(runtime.trusted), len(index_T))
     influence = {estimator.name: torch.zeros(shape) for estimator in curvature_estimators(context)}
-    for positions, gradients in stream_gradients(context, runtime, shard):
+    batches = shard_batches(context, runtime, shard)
+
+    def multiply(module: int, positions: slice, gradient_Bd: torch.Tensor) -> None:
         for name, influence_MVT in influence.items():
-            for module, gradient_Bd in enumerate(gradients):
-                query_Vd = queries[f"{name}/{module:05d}"]
-                influence_MVT[module, :, positions] = (query_Vd @ gradient_Bd.T).cpu()
+            query_Vd = queries[name, module]
+            influence_MVT[module, :, positions] = (query_Vd @ gradient_Bd.T).cpu()
+
+    if context.provenance["keeps_gradients"]:
+        for module in modules:
+            queries = _queries(context, runtime, names=list(influence), modules=[module])
+            gradients = stream_kept(artifacts.gradients(shard), runtime, module, batches)
+            for positions, gradient_Bd in zip(batches, gradients, strict=True):
+                context.hold.tick(module, len(modules))
+                multiply(module, positions, gradient_Bd)
+    else:
+        queries = _queries(context, runtime, names=list(influence), modules=modules)
+        for positions in batches:
+            context.hold.tick(positions.start, len(index_T))
+            parts = compute_again(context, runtime, index_T[positions], modules)
+            for module, gradient_Bd in zip(modules, parts, strict=True):
+                multiply(module, positions, gradient_Bd)
     for name, influence_MVT in influence.items():
         write_tensors(artifacts.influence(name, shard), {"influence": influence_MVT})
     return StageOutput()
+
+
+def _queries(
+    context: StageContext, runtime: Runtime, *, names: list[str], modules: list[int]
+) -> dict[tuple[str, int], torch.Tensor]:
+    """Read the queries [V, d] of some modules, by estimator and module."""
+    block_of = {
+        module: block
+        for block, members in enumerate(module_blocks(context, runtime))
+        for module in members
+    }
+    files = {
+        block: TensorFile(context.artifacts.queries(block)) for block in set(block_of.values())
+    }
+    return {
+        (name, module): files[block_of[module]].rows(f"{name}/{module:05d}").to(runtime.device)
+        for name in names
+        for module in modules
+    }

@@ -1,6 +1,6 @@
 """How much memory an audit needs, estimated before it starts, and batches that fit.
 
-Shapes: V validation samples, D entries of all modules together, M modules.
+Shapes: N samples.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,40 @@ from torch import Tensor
 
 from workers.influence.batching import token_budget_batches
 from workers.influence.errors import InsufficientMemory
+from workers.influence.layers import ModuleSpec
 from workers.pipeline.failures import is_out_of_memory
 
-FLOAT32, FLOAT64 = 4, 8
+FLOAT32 = 4
 MAX_SAMPLES_PER_BATCH = 256
 MIN_TOKENS_PER_BATCH = 16
 SHARD_BYTES = 512 * 1024**2
 # Captured inputs, outputs and their gradients, in hidden-sized float32 vectors per token and layer.
 ACTIVATION_VECTORS = 24
+# Logits, their softmax and their gradient.
+LOGIT_VECTORS = 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an audit holds, in float32 numbers.
+
+    Attributes:
+        num_validation: validation samples, 0 without a validation set.
+        row_floats: one sample's gradients over all modules, in the form that they are held.
+        dense_floats: the part of them that passes through a curvature.
+        num_curvature: estimators whose queries are held beside the validation gradients.
+        influence_floats: influence of all estimators on one training sample.
+        activation_floats: captured inputs, outputs and their gradients of one token.
+        keeps_gradients: whether the dense gradients of a shard are buffered for later passes.
+    """
+
+    num_validation: int
+    row_floats: int
+    dense_floats: int
+    num_curvature: int
+    influence_floats: int
+    activation_floats: int
+    keeps_gradients: bool
 
 
 @dataclass(frozen=True)
@@ -36,36 +62,52 @@ class MemoryPlan:
     held_bytes: int
 
 
+def row_floats(spec: ModuleSpec, *, num_tokens: int) -> int:
+    """Return how many numbers hold one sample's gradient of a module."""
+    match spec.form:
+        case "factored":
+            return num_tokens * sum(spec.shape)
+        case "sparse":
+            return num_tokens * spec.shape[-1]
+        case _:
+            return spec.num_parameters
+
+
+def activation_floats(*, hidden_size: int, num_layers: int, vocabulary: int) -> int:
+    """Return how many numbers a token needs in a forward and backward pass.
+
+    Args:
+        hidden_size: width of the model.
+        num_layers: its transformer blocks.
+        vocabulary: size of the language-model head, 0 for a classifier.
+    """
+    return hidden_size * num_layers * ACTIVATION_VECTORS + vocabulary * LOGIT_VECTORS
+
+
 def plan_memory(
-    *,
-    free_bytes: int,
-    num_validation: int,
-    num_parameters: int,
-    num_modules: int,
-    num_pairwise: int,
-    keeps_gradients: bool,
-    hidden_size: int,
-    num_layers: int,
-    tokens_per_batch: int,
-    samples_per_shard: int,
+    workload: Workload, *, free_bytes: int, tokens_per_batch: int, samples_per_shard: int
 ) -> MemoryPlan:
     """Choose batch and shard sizes that fit into the free memory.
 
     Raises:
         InsufficientMemory: the validation gradients alone do not fit; says what to change.
     """
-    held = num_validation * num_parameters * (2 * FLOAT32 + FLOAT64)
+    held = (
+        FLOAT32
+        * workload.num_validation
+        * (workload.row_floats + workload.num_curvature * workload.dense_floats)
+    )
     if held > free_bytes // 2:
         raise InsufficientMemory(
-            f"The gradients of {num_validation:,} validation samples over {num_parameters:,} "
-            f"parameters need {held / 1e9:.1f} GB, and {free_bytes / 1e9:.1f} GB are free. Use "
-            "fewer validation samples, fewer target modules, or LoRA adapters of a lower rank."
+            f"The gradients of {workload.num_validation:,} validation samples, "
+            f"{workload.row_floats:,} numbers each, need {held / 1e9:.1f} GB, and "
+            f"{free_bytes / 1e9:.1f} GB are free. Use fewer validation samples or target modules, "
+            "LoRA adapters of a lower rank, or model.projection."
         )
-    per_sample = FLOAT32 * (
-        num_modules * num_validation * num_pairwise + (num_parameters if keeps_gradients else 0)
-    )
+    kept = workload.dense_floats if workload.keeps_gradients else 0
+    per_sample = FLOAT32 * (workload.influence_floats + kept)
     shard = max(1, min(samples_per_shard, SHARD_BYTES // max(1, per_sample)))
-    per_token = FLOAT32 * hidden_size * num_layers * ACTIVATION_VECTORS
+    per_token = FLOAT32 * workload.activation_floats
     tokens = tokens_per_batch
     while tokens > MIN_TOKENS_PER_BATCH and tokens * per_token > (free_bytes - held) // 2:
         tokens //= 2

@@ -4,38 +4,28 @@ Afterwards the audit needs neither the network nor the caller's files any more.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import pyarrow as pa
-import torch
-from sqlalchemy import select
-from sqlalchemy.orm import Session
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from app.audits.schemas import DatasetSource
-from app.datasets.columns import ColumnNames, DatasetError
-from app.datasets.files import FileFormat, read_dataset
-from app.datasets.models import Dataset
-from app.datasets.storage import upload_path
-from app.references import parse_dataset_reference, parse_model_reference
+from app.references import parse_model_reference
 from app.version import VERSION
-from workers.influence.noise import flip_labels
 from workers.pipeline.artifacts import read_json, write_json
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.samples import SCHEMA, write_samples
-from workers.sources.datasets import ResolvedDataset, resolve_dataset
+from workers.pipeline.tables import Table, read_batches, resolve_table
+from workers.pipeline.targets import Label, Targets, read_classes, read_completions
+from workers.pipeline.tokenise import TOKENISERS, RowTokeniser, TokenisedRows
 from workers.sources.errors import SourceError
-from workers.sources.loading import load_tokenizer, longest_input, match_labels
+from workers.sources.libraries import Task
+from workers.sources.loading import longest_input
 from workers.sources.models import ResolvedModel, resolve_model
-
-ROWS_PER_TOKENIZER_CALL = 512
-Label = int | str
+from workers.sources.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,19 +33,32 @@ class Prepared:
     """What the later stages need to know of the model and the labels.
 
     Attributes:
+        task: what the model does.
         model: where the resolved model lies.
-        labels: the label of each class; the class of a sample indexes it.
+        labels: the label of each class; the class of a sample indexes it. None for causal_lm.
         pad_id: the token that batches are padded with.
+        checkpoint_paths: where the adapters of model.checkpoints lie.
     """
 
+    task: Task
     model: ResolvedModel
     labels: tuple[Label, ...]
     pad_id: int
+    checkpoint_paths: tuple[Path, ...] = ()
 
     def write(self, path: Path) -> None:
         """Keep it for the stages that follow."""
         model = {name: _plain(value) for name, value in asdict(self.model).items()}
-        write_json(path, {"model": model, "labels": list(self.labels), "pad_id": self.pad_id})
+        write_json(
+            path,
+            {
+                "task": self.task,
+                "model": model,
+                "labels": list(self.labels),
+                "pad_id": self.pad_id,
+                "checkpoint_paths": [str(folder) for folder in self.checkpoint_paths],
+            },
+        )
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -63,15 +66,18 @@ class Prepared:
         kept: dict[str, Any] = read_json(path)
         model = kept["model"]
         adapter, names = model["adapter_path"], model["class_names"]
-        resolved = ResolvedModel(
-            path=Path(model["path"]),
-            adapter_path=Path(adapter) if adapter else None,
-            revision=model["revision"],
-            adapter_revision=model["adapter_revision"],
-            model_type=model["model_type"],
-            class_names=tuple(names) if names is not None else None,
+        model |= {
+            "path": Path(model["path"]),
+            "adapter_path": Path(adapter) if adapter else None,
+            "class_names": tuple(names) if names is not None else None,
+        }
+        return cls(
+            task=kept["task"],
+            model=ResolvedModel(**model),
+            labels=tuple(kept["labels"]),
+            pad_id=kept["pad_id"],
+            checkpoint_paths=tuple(Path(folder) for folder in kept["checkpoint_paths"]),
         )
-        return cls(resolved, tuple(kept["labels"]), kept["pad_id"])
 
 
 def _plain(value: object) -> object:
@@ -79,208 +85,172 @@ def _plain(value: object) -> object:
 
 
 @dataclass(frozen=True)
-class _Table:
-    """A dataset of the request, found and pinned."""
+class _Sources:
+    """Everything that the request refers to, brought here."""
 
-    path: Path
-    format: FileFormat
-    columns: ColumnNames
-    revision: str
-    field: str
+    model: ResolvedModel
+    checkpoints: tuple[ResolvedModel, ...]
+    train: Table
+    validation: Table | None
 
 
 def prepare(context: StageContext) -> StageOutput:
     """Resolve, check, tokenise; write the prepared sample files."""
+    request, artifacts = context.request, context.artifacts
     with context.hold.silence():
-        model = _resolve_model(context)
-        train = _resolve_table(context, context.request.train, field="train")
-        validation = _resolve_table(context, context.request.validation, field="validation")
-    train_labels, train_noise = _read_labels(context, train)
-    validation_labels, _ = _read_labels(context, validation)
-    classes = _classes(context, model, train_labels, validation_labels)
-    class_of = {label: index for index, label in enumerate(classes)}
-    label_T = torch.tensor([class_of[label] for label in train_labels])
-    is_noisy_T = train_noise
-    if context.request.plant_noise is not None:
-        planted = context.request.plant_noise
-        label_T, is_noisy_T = flip_labels(
-            label_T, num_classes=len(classes), fraction=planted.fraction, seed=planted.seed
+        sources = _resolve(context)
+    classes: tuple[Label, ...] = ()
+    validation_targets = None
+    if request.task == "classification":
+        classes, train_targets, validation_targets = read_classes(
+            context, sources.model, sources.train, sources.validation
         )
-    label_V = torch.tensor([class_of[label] for label in validation_labels])
+    else:
+        scratch = artifacts.train.with_name("completions.arrow")
+        train_targets = read_completions(context, sources.train, scratch=scratch)
+        if sources.validation is not None:
+            validation_targets = read_completions(
+                context, sources.validation, scratch=scratch.with_stem("validation_completions")
+            )
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(sources.model)
     max_tokens = min(
-        context.request.max_tokens, tokenizer.model_max_length, longest_input(model) or sys.maxsize
+        request.max_tokens,
+        tokenizer.model_max_length,
+        longest_input(sources.model, task=request.task) or sys.maxsize,
     )
-    total = len(label_T) + len(label_V)
-    artifacts = context.artifacts
-    write_samples(
-        artifacts.train,
-        _tokenised(context, train, tokenizer, label_T, is_noisy_T, max_tokens=max_tokens),
-        tick=lambda done: context.hold.tick(done, total),
-    )
-    write_samples(
-        artifacts.validation,
-        _tokenised(context, validation, tokenizer, label_V, None, max_tokens=max_tokens),
-        tick=lambda done: context.hold.tick(len(label_T) + done, total),
-    )
-    pad_id = tokenizer.pad_token_id
-    Prepared(model=model, labels=classes, pad_id=pad_id).write(artifacts.prepared)
+    total = train_targets.num_rows + (validation_targets.num_rows if validation_targets else 0)
+    num_truncated = {}
+
+    def write(path: Path, table: Table, targets: Targets, *, before: int) -> None:
+        tokeniser = TOKENISERS[table.columns.kind](tokenizer, table, max_tokens=max_tokens)
+        batches = _Tokenised(context, tokeniser, targets)
+        write_samples(
+            path, iter(batches), tick=lambda done: context.hold.tick(before + done, total)
+        )
+        num_truncated[table.field] = batches.num_truncated
+
+    write(artifacts.train, sources.train, train_targets, before=0)
+    if train_targets.completions is not None:
+        train_targets.completions.remove()
+    if sources.validation is not None and validation_targets is not None:
+        write(
+            artifacts.validation,
+            sources.validation,
+            validation_targets,
+            before=train_targets.num_rows,
+        )
+    Prepared(
+        task=request.task,
+        model=sources.model,
+        labels=classes,
+        pad_id=tokenizer.pad_token_id,
+        checkpoint_paths=tuple(of.adapter_path for of in sources.checkpoints if of.adapter_path),
+    ).write(artifacts.prepared)
+    provenance: dict[str, Any] = {
+        "engine_version": VERSION,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "model_revision": sources.model.revision,
+        "adapter_revision": sources.model.adapter_revision,
+        "train_revision": sources.train.revision,
+        "validation_revision": sources.validation.revision if sources.validation else None,
+        "precision": request.precision,
+        "seed": request.seed,
+    }
+    if request.task == "causal_lm":
+        provenance["num_truncated"] = num_truncated
+    if sources.checkpoints:
+        provenance["checkpoint_revisions"] = [of.adapter_revision for of in sources.checkpoints]
     return StageOutput(
-        columns={"num_train": len(label_T), "num_validation": len(label_V)},
-        provenance={
-            "engine_version": VERSION,
-            "versions": _versions(),
-            "model_revision": model.revision,
-            "adapter_revision": model.adapter_revision,
-            "train_revision": train.revision,
-            "validation_revision": validation.revision,
-            "precision": context.request.precision,
-            "seed": context.request.seed,
+        columns={
+            "num_train": train_targets.num_rows,
+            "num_validation": validation_targets.num_rows if validation_targets else 0,
         },
+        provenance=provenance,
     )
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "peft")}
+def _resolve(context: StageContext) -> _Sources:
+    request = context.request
+    model = _resolve_model(context, request.model.adapter)
+    checkpoints = []
+    for number, checkpoint in enumerate(request.model.checkpoints or ()):
+        try:
+            checkpoints.append(_resolve_model(context, checkpoint.adapter))
+        except SourceError as error:
+            raise AuditRefused(
+                error.code,
+                error.message,
+                field=f"model.checkpoints.{number}.adapter",
+                transient=error.transient,
+            ) from error
+    validation = request.validation
+    return _Sources(
+        model=model,
+        checkpoints=tuple(checkpoints),
+        train=resolve_table(context, request.train, field="train"),
+        validation=resolve_table(context, validation, field="validation") if validation else None,
+    )
 
 
-def _resolve_model(context: StageContext) -> ResolvedModel:
-    source = context.request.model
+def _resolve_model(context: StageContext, adapter: str | None) -> ResolvedModel:
     return resolve_model(
-        parse_model_reference(source.reference),
-        adapter=parse_model_reference(source.adapter) if source.adapter else None,
+        parse_model_reference(context.request.model.reference),
+        task=context.request.task,
+        adapter=parse_model_reference(adapter) if adapter else None,
         roots=context.settings.file_roots,
         hub=context.hub,
         cache_dir=context.cache_dir,
     )
 
 
-def _resolve_table(context: StageContext, source: DatasetSource, *, field: str) -> _Table:
-    def find_upload(dataset_id: str) -> ResolvedDataset:
-        with Session(context.engine) as session:
-            upload = session.scalars(
-                select(Dataset).where(Dataset.id == dataset_id, Dataset.tenant == context.tenant)
-            ).one_or_none()
-        if upload is None:
-            raise SourceError(
-                f"the upload {dataset_id} is gone; upload the file again and use its new id",
-                code="not_found",
-                field="dataset",
-            )
-        path = upload_path(context.settings.data_dir, upload.id, upload.format)
-        return ResolvedDataset(path, cast("FileFormat", upload.format), upload.sha256)
+class _Tokenised:
+    """The record batches of a sample file, made while they are written.
 
-    try:
-        resolved = resolve_dataset(
-            parse_dataset_reference(source.reference),
-            find_upload=find_upload,
-            roots=context.settings.file_roots,
-            hub=context.hub,
-            cache_dir=context.cache_dir,
-            limits=context.limits,
-            max_bytes=context.settings.max_upload_bytes,
-        )
-    except SourceError as error:
-        raise AuditRefused(
-            error.code, error.message, field=f"{field}.reference", transient=error.transient
-        ) from error
-    columns = source.columns or ColumnNames()
-    return _Table(resolved.path, resolved.format, columns, resolved.revision, field)
+    Attributes:
+        num_truncated: samples of causal language models that were cut so far.
+    """
+
+    def __init__(self, context: StageContext, tokeniser: RowTokeniser, targets: Targets) -> None:
+        self._context = context
+        self._tokeniser = tokeniser
+        self._targets = targets
+        self.num_truncated = 0
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        tokeniser, targets = self._tokeniser, self._targets
+        first = 0
+        for batch in read_batches(self._context, tokeniser.table):
+            for start in range(0, batch.num_rows, tokeniser.rows_per_call):
+                part = batch.slice(start, tokeniser.rows_per_call)
+                rows = slice(first, first + part.num_rows)
+                swapped = targets.completions
+                tokens = tokeniser.tokenise(
+                    part,
+                    first_row=first + 1,
+                    completions=swapped.of(rows) if swapped is not None else None,
+                )
+                self.num_truncated += tokens.num_truncated
+                yield _record_batch(tokens, targets, rows)
+                first = rows.stop
 
 
-def _batches(context: StageContext, table: _Table) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from read_dataset(
-            table.path, format=table.format, columns=table.columns, limits=context.limits
-        )
-    except DatasetError as error:
-        field = f"{table.field}.columns.{error.field}" if error.field else table.field
-        raise AuditRefused(error.code, error.message, field=field) from error
-
-
-def _read_labels(context: StageContext, table: _Table) -> tuple[list[Label], Tensor | None]:
-    """Return every row's label, and the known noise where a column marks it."""
-    labels: list[Label] = []
-    noisy: list[bool | None] = []
-    for batch in _batches(context, table):
-        labels += batch["label"].to_pylist()
-        noisy += batch["is_noisy"].to_pylist()
-        context.hold.tick(0, 1)
-    if not labels:
-        raise AuditRefused("no_rows", "The dataset has no rows.", field=table.field)
-    is_known = table.columns.noise is not None
-    return labels, torch.tensor(noisy, dtype=torch.bool) if is_known else None
-
-
-def _classes(
-    context: StageContext,
-    model: ResolvedModel,
-    train_labels: Sequence[Label],
-    validation_labels: Sequence[Label],
-) -> tuple[Label, ...]:
-    """Return the label of each class: the dataset's own for fine-tuning, else the model's."""
-    known, asked = set(train_labels), set(validation_labels)
-    if {type(label) for label in known} != {type(label) for label in asked}:
-        raise AuditRefused(
-            "labels_mismatch",
-            "The training set and the validation set must both have integer labels or both "
-            "have text labels.",
-            field="validation.columns.label",
-        )
-    if context.request.fine_tune is None:
-        try:
-            return match_labels(model, sorted(known | asked, key=str))
-        except SourceError as error:
-            field = "train.columns.label" if error.field == "dataset" else "model.reference"
-            raise AuditRefused(error.code, error.message, field=field) from error
-    if unknown := asked - known:
-        named = ", ".join(repr(label) for label in sorted(unknown, key=str)[:10])
-        raise AuditRefused(
-            "labels_mismatch",
-            f"The validation set has labels that the training set has not: {named}.",
-            field="validation.columns.label",
-        )
-    if len(known) == 1:
-        raise AuditRefused(
-            "too_few_labels",
-            "All training samples have the same label; a classifier needs at least two.",
-            field="train.columns.label",
-        )
-    return tuple(sorted(known))
-
-
-def _tokenised(
-    context: StageContext,
-    table: _Table,
-    tokenizer: PreTrainedTokenizerBase,
-    label_N: Tensor,
-    is_noisy_N: Tensor | None,
-    *,
-    max_tokens: int,
-) -> Iterator[pa.RecordBatch]:
-    row = 0
-    for batch in _batches(context, table):
-        for start in range(0, batch.num_rows, ROWS_PER_TOKENIZER_CALL):
-            part = batch.slice(start, ROWS_PER_TOKENIZER_CALL)
-            rows = slice(row, row + part.num_rows)
-            row += part.num_rows
-            texts = part["text"].to_pylist()
-            pairs = part["text_pair"].to_pylist() if table.columns.text_pair else None
-            tokens = tokenizer(texts, pairs, truncation=True, max_length=max_tokens)
-            segments = tokens.get("token_type_ids") if pairs else None
-            noisy = is_noisy_N[rows].tolist() if is_noisy_N is not None else None
-            count = part.num_rows
-            yield pa.record_batch(
-                [
-                    part["text"].cast(pa.string()),
-                    part["text_pair"].cast(pa.string()),
-                    pa.array(label_N[rows].tolist(), pa.int32()),
-                    pa.array(noisy, pa.bool_()) if noisy else pa.nulls(count, pa.bool_()),
-                    pa.array(tokens["input_ids"], SCHEMA.field("input_ids").type),
-                    pa.array(segments, SCHEMA.field("token_type_ids").type)
-                    if segments
-                    else pa.nulls(count, SCHEMA.field("token_type_ids").type),
-                ],
-                schema=SCHEMA,
-            )
+def _record_batch(tokens: TokenisedRows, targets: Targets, rows: slice) -> pa.RecordBatch:
+    columns = {
+        "text": tokens.text,
+        "text_pair": tokens.text_pair,
+        "label": None if targets.label_N is None else targets.label_N[rows].tolist(),
+        "is_noisy": None if targets.is_noisy_N is None else targets.is_noisy_N[rows].tolist(),
+        "input_ids": tokens.input_ids,
+        "token_type_ids": tokens.token_type_ids,
+        "completion_start": tokens.completion_start,
+    }
+    return pa.record_batch(
+        [
+            pa.nulls(len(tokens.text), field.type)
+            if columns[field.name] is None
+            else pa.array(columns[field.name], field.type)
+            for field in SCHEMA
+        ],
+        schema=SCHEMA,
+    )

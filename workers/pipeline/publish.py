@@ -4,7 +4,7 @@ Shapes: T training samples, G layer groups, K related samples.
 """
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from torch import Tensor
 from app.audits.answers import SCORE_ORDER
 from workers.influence.aggregation import order_by_score
 from workers.pipeline.artifacts import atomically, sha256_of
-from workers.pipeline.samples import SampleSet
-from workers.pipeline.scores import Related, TrainingFacts
+from workers.pipeline.related import Related
+from workers.pipeline.samples import NO_CLASS, SampleSet
+from workers.pipeline.training_facts import TrainingFacts
 
 ROWS_PER_CHUNK = 20_000
 FILE_SCHEMA = pa.schema(
@@ -38,12 +39,13 @@ FILE_SCHEMA = pa.schema(
         "score": pa.float32(),
         "flagged": pa.bool_(),
         "is_noisy": pa.bool_(),
+        "non_finite": pa.bool_(),
     },
     metadata={"winnow.score_order": SCORE_ORDER},
 )
 TRAINING_COLUMNS = (
     "audit_id, sample_index, text, text_pair, given_label, predicted_label, "
-    "predicted_probability, given_probability, loss, is_noisy"
+    "predicted_probability, given_probability, loss, is_noisy, non_finite"
 )
 VALIDATION_COLUMNS = (
     "audit_id, sample_index, text, text_pair, given_label, predicted_label, "
@@ -60,6 +62,7 @@ class RankedSet:
     """A ranking with all that is shown of its samples.
 
     Attributes:
+        labels: the label of each class; none for a causal language model.
         group_scores: score_T by layer group; `layers` names the one that ranks.
         num_flagged: how many of the lowest are flagged.
     """
@@ -88,14 +91,15 @@ class RankedSet:
             "index": index_N.tolist(),
             "text": [text for text, _ in texts],
             "text_pair": [pair for _, pair in texts],
-            "given_label": [self.labels[i] for i in self.samples.label_T[index_N].tolist()],
-            "predicted_label": [self.labels[i] for i in self.facts.predicted_T[index_N].tolist()],
+            "given_label": name_labels(self.samples.label_T[index_N], self.labels),
+            "predicted_label": name_labels(self.facts.predicted_T[index_N], self.labels),
             "predicted_probability": self.facts.predicted_probability_T[index_N].tolist(),
             "given_probability": self.facts.given_probability_T[index_N].tolist(),
             "loss": self.facts.loss_T[index_N].tolist(),
             "score": self.group_scores[self.layers][index_N].tolist(),
             "flagged": [rank < self.num_flagged for rank in ranks],
             "is_noisy": noisy_T[index_N].tolist() if noisy_T is not None else [None] * count,
+            "non_finite": (~self.facts.is_finite_T[index_N]).tolist(),
         }
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
@@ -104,6 +108,11 @@ class RankedSet:
         for index_N in self.order_T.split(ROWS_PER_CHUNK):
             yield first, index_N
             first += len(index_N)
+
+
+def name_labels(class_N: Tensor, labels: Sequence[str]) -> list[str | None]:
+    """Return the labels of classes; None for NO_CLASS, of causal language models."""
+    return [None if index == NO_CLASS else labels[index] for index in class_N.tolist()]
 
 
 def write_files(ranked: RankedSet, folder: Path) -> dict[str, dict[str, Any]]:
@@ -139,20 +148,30 @@ def copy_rows(
     audit_id: str,
     ranking_id: str,
     ranked: RankedSet,
-    validation: SampleSet,
-    validation_facts: dict[str, Tensor],
+    validation: SampleSet | None,
+    validation_facts: Mapping[str, Tensor],
 ) -> None:
-    """Load all rows of a ranking inside the caller's transaction."""
+    """Load all rows of a ranking inside the caller's transaction.
+
+    Args:
+        session: the transaction.
+        audit_id: whose rows they are.
+        ranking_id: whose places they are.
+        ranked: the training samples.
+        validation: None for an audit without a validation set; then the facts do not count.
+        validation_facts: what the model said of the validation samples.
+    """
     driver = session.connection().connection.driver_connection
     assert isinstance(driver, psycopg.Connection)  # noqa: S101  the one dialect of this service
     with driver.cursor() as cursor:
         _copy(cursor, "training_samples", TRAINING_COLUMNS, _training_rows(audit_id, ranked))
-        _copy(
-            cursor,
-            "validation_samples",
-            VALIDATION_COLUMNS,
-            _validation_rows(audit_id, ranked.labels, validation, validation_facts),
-        )
+        if validation is not None:
+            _copy(
+                cursor,
+                "validation_samples",
+                VALIDATION_COLUMNS,
+                _validation_rows(audit_id, ranked.labels, validation, validation_facts),
+            )
         _copy(cursor, "ranked_samples", RANKED_COLUMNS, _ranked_rows(ranking_id, ranked))
 
 
@@ -173,20 +192,20 @@ def _training_rows(audit_id: str, ranked: RankedSet) -> Iterator[Sequence[Any]]:
 
 
 def _validation_rows(
-    audit_id: str, labels: Sequence[str], samples: SampleSet, facts: dict[str, Tensor]
+    audit_id: str, labels: Sequence[str], samples: SampleSet, facts: Mapping[str, Tensor]
 ) -> Iterator[Sequence[Any]]:
     for index_N in torch.arange(len(samples)).split(ROWS_PER_CHUNK):
         rows = zip(
             index_N.tolist(),
             samples.texts(index_N),
-            samples.label_T[index_N].tolist(),
-            facts["predicted"][index_N].tolist(),
+            name_labels(samples.label_T[index_N], labels),
+            name_labels(facts["predicted"][index_N], labels),
             facts["predicted_probability"][index_N].tolist(),
             facts["loss"][index_N].tolist(),
             strict=True,
         )
         for index, (text, pair), given, predicted, probability, loss in rows:
-            yield audit_id, index, text, pair, labels[given], labels[predicted], probability, loss
+            yield audit_id, index, text, pair, given, predicted, probability, loss
 
 
 def _ranked_rows(ranking_id: str, ranked: RankedSet) -> Iterator[Sequence[Any]]:
@@ -198,7 +217,7 @@ def _ranked_rows(ranking_id: str, ranked: RankedSet) -> Iterator[Sequence[Any]]:
         rows = zip(
             range(first, first + len(index_N)),
             index_N.tolist(),
-            ranked.samples.label_T[index_N].tolist(),
+            name_labels(ranked.samples.label_T[index_N], ranked.labels),
             ranked.group_scores[ranked.layers][index_N].tolist(),
             score_GT[:, index_N].T.tolist(),
             rank_GT[:, index_N].T.tolist(),
@@ -210,4 +229,4 @@ def _ranked_rows(ranking_id: str, ranked: RankedSet) -> Iterator[Sequence[Any]]:
         )
         for rank, index, label, score, *lists in rows:
             flagged = rank < ranked.num_flagged
-            yield ranking_id, rank, index, ranked.labels[label], score, flagged, *lists
+            yield ranking_id, rank, index, label, score, flagged, *lists

@@ -15,8 +15,9 @@ from app.work.models import Stage
 from app.work.repository import Claim
 from workers.lease import Hold
 from workers.pipeline.aggregate import aggregate
+from workers.pipeline.checkpoints import compute_checkpoint
 from workers.pipeline.context import StageContext, StageOutput
-from workers.pipeline.curvature import precondition, sum_curvature
+from workers.pipeline.curvature import fit_curvature
 from workers.pipeline.fine_tune import fine_tune
 from workers.pipeline.gradients import compute_gradients
 from workers.pipeline.influence import compute_influence
@@ -28,8 +29,8 @@ STAGES: dict[Stage, Callable[[StageContext], StageOutput]] = {
     Stage.FINE_TUNE: fine_tune,
     Stage.VALIDATION: compute_validation,
     Stage.GRADIENTS: compute_gradients,
-    Stage.CURVATURE: sum_curvature,
-    Stage.PRECONDITION: precondition,
+    Stage.CHECKPOINTS: compute_checkpoint,
+    Stage.CURVATURE: fit_curvature,
     Stage.INFLUENCE: compute_influence,
     Stage.AGGREGATE: aggregate,
 }

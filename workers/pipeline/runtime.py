@@ -1,5 +1,6 @@
 """The loaded model of one audit: kept in the worker process between the audit's units."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from app.audits.schemas import AuditRequest
 from workers.device import choose_device
-from workers.influence.errors import NonFiniteInfluence, NoTrackedModules, UnsupportedModule
+from workers.influence.errors import NoTrackedModules, UnsupportedModule
 from workers.influence.gradients import GradientExtractor, SampleGradients
+from workers.influence.objectives import CausalLanguageModel, Classification, Objective
+from workers.influence.projection import Projection
+from workers.influence.rows import GradientRows, rows_from_tensors
 from workers.pipeline.artifacts import read_tensors
 from workers.pipeline.context import StageContext
+from workers.pipeline.estimating import wishes_of
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.fine_tune import query_and_value
-from workers.pipeline.memory import plan_shards
+from workers.pipeline.memory import activation_floats, plan_shards
 from workers.pipeline.prepare import Prepared
 from workers.pipeline.samples import SampleSet
 from workers.sources.loading import load_model
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass
@@ -27,37 +37,38 @@ class Runtime:
     """An audit's model with its samples, on this worker's device.
 
     Attributes:
+        key: the audit, and the checkpoint where it is not the audited state.
+        validation: None for an audit without a validation set.
         tokens_per_batch: the budget that fits here; halved for good when memory ran out.
+        activation_floats: what a token needs in a forward and backward pass.
     """
 
-    audit_id: str
+    key: tuple[str, int | None]
     extractor: GradientExtractor
     prepared: Prepared
     train: SampleSet
-    validation: SampleSet
+    validation: SampleSet | None
     tokens_per_batch: int
-    hidden_size: int
-    num_layers: int
+    activation_floats: int
     _shards: list[Tensor] | None = None
-    _validation_gradients: tuple[Tensor, ...] | None = field(default=None, repr=False)
+    _validation_rows: tuple[GradientRows, ...] | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.extractor.device
 
-    def extract(self, samples: SampleSet, indices: Tensor, *, name: str) -> SampleGradients:
-        """Take the gradients of the samples at `indices`.
+    @property
+    def trusted(self) -> SampleSet:
+        """The validation set, for what only audits with one get to."""
+        if self.validation is None:
+            raise RuntimeError("this audit has no validation set")
+        return self.validation
 
-        Raises:
-            NonFiniteInfluence: names the rows of the user's file.
-        """
-        inputs, label_B = samples.batch(indices, pad_id=self.prepared.pad_id, device=self.device)
-        try:
-            return self.extractor.extract(inputs, label_B)
-        except NonFiniteInfluence as error:
-            rows = [int(indices[position]) for position in error.positions]
-            raise NonFiniteInfluence(f"{error.what} in the {name} set", positions=rows) from error
+    def extract(self, samples: SampleSet, indices: Tensor) -> SampleGradients:
+        """Take the gradients of the samples at `indices`."""
+        inputs, targets = samples.batch(indices, pad_id=self.prepared.pad_id, device=self.device)
+        return self.extractor.extract(inputs, targets)
 
     def shard(self, context: StageContext, position: int) -> Tensor:
         """Return the training indices of one shard, as planned when computing began."""
@@ -69,64 +80,100 @@ class Runtime:
             )
         return self._shards[position]
 
-    def validation_gradients(self, path: Path) -> tuple[Tensor, ...]:
-        """Return the validation gradients [V, d] of every module, read once."""
-        if self._validation_gradients is None:
-            kept = read_tensors(path)
-            self._validation_gradients = tuple(
-                kept[f"{module:05d}"].to(self.device)
-                for module in range(len(self.extractor.modules))
+    def validation_rows(self, path: Path) -> tuple[GradientRows, ...]:
+        """Return the validation gradients of every module, read once."""
+        if self._validation_rows is None:
+            tensors: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in read_tensors(path).items():
+                module, _, name = key.partition("/")
+                tensors.setdefault(module, {})[name] = tensor
+            self._validation_rows = tuple(
+                rows_from_tensors(tensors[module]).to(self.device) for module in sorted(tensors)
             )
-        return self._validation_gradients
+        return self._validation_rows
+
+
+def objective_of(request: AuditRequest) -> Objective:
+    """Return whose loss the gradients are of."""
+    return Classification() if request.task == "classification" else CausalLanguageModel()
 
 
 _loaded: list[Runtime] = []  # at most one: the audit whose units this process works on
 
 
-def load_runtime(context: StageContext) -> Runtime:
-    """Return the audit's runtime, loading it unless the last unit was of the same audit."""
-    audit_id = context.claim.audit_id
-    if _loaded and _loaded[0].audit_id == audit_id:
+def load_runtime(context: StageContext, *, checkpoint: int | None = None) -> Runtime:
+    """Return the audit's runtime, loading it unless the last unit needed the same.
+
+    Args:
+        context: the unit of work.
+        checkpoint: an earlier state of the adapter; None is the audited state.
+    """
+    key = (context.claim.audit_id, checkpoint)
+    if _loaded and _loaded[0].key == key:
         return _loaded[0]
     _loaded.clear()
-    artifacts = context.artifacts
+    artifacts, request = context.artifacts, context.request
     prepared = Prepared.read(artifacts.prepared)
-    resolved = prepared.model
-    if context.request.fine_tune is not None:
-        resolved = replace(resolved, adapter_path=artifacts.adapter)
+    resolved = replace(prepared.model, adapter_path=_adapter_path(context, prepared, checkpoint))
     with context.hold.silence():
-        loaded = load_model(resolved, labels=prepared.labels)
+        loaded = load_model(resolved, task=request.task, labels=prepared.labels)
+    train = SampleSet(artifacts.train)
+    validation = SampleSet(artifacts.validation) if request.validation else None
     model: Any = loaded.model
     config = model.config
-    extractor = _make_extractor(context, model, has_adapter=resolved.adapter_path is not None)
+    longest = max(int(samples.length_T.max()) for samples in (train, validation) if samples)
     runtime = Runtime(
-        audit_id=audit_id,
-        extractor=extractor,
+        key=key,
+        extractor=_make_extractor(
+            context, model, has_adapter=resolved.adapter_path is not None, longest=longest
+        ),
         prepared=prepared,
-        train=SampleSet(artifacts.train),
-        validation=SampleSet(artifacts.validation),
+        train=train,
+        validation=validation,
         tokens_per_batch=context.provenance.get(
             "tokens_per_batch", context.settings.tokens_per_batch
         ),
-        hidden_size=int(config.hidden_size),
-        num_layers=int(config.num_hidden_layers),
+        activation_floats=activation_floats(
+            hidden_size=int(config.hidden_size),
+            num_layers=int(config.num_hidden_layers),
+            vocabulary=int(config.vocab_size) if request.task == "causal_lm" else 0,
+        ),
     )
     _loaded.append(runtime)
     return runtime
 
 
+def _adapter_path(context: StageContext, prepared: Prepared, checkpoint: int | None) -> Path | None:
+    if context.request.fine_tune is None:
+        if checkpoint is None:
+            return prepared.model.adapter_path
+        return prepared.checkpoint_paths[checkpoint]
+    if checkpoint is None:
+        return context.artifacts.adapter
+    return context.artifacts.epoch_adapter(checkpoint)
+
+
 def _make_extractor(
-    context: StageContext, model: nn.Module, *, has_adapter: bool
+    context: StageContext, model: nn.Module, *, has_adapter: bool, longest: int
 ) -> GradientExtractor:
-    request = context.request
+    request, wishes = context.request, wishes_of(context)
+    wanted = request.model.projection
+    options: Mapping[str, Any] = {
+        "objective": objective_of(request),
+        "dtype": DTYPES[request.precision],
+        "projection": Projection(dimension=wanted.dimension, seed=wanted.seed) if wanted else None,
+        "longest": longest,
+        "needs_dense": wishes.curvature,
+        "word_embeddings": wishes.word_embeddings,
+        "hidden_states": wishes.hidden_states,
+        "kronecker": wishes.kronecker,
+    }
     try:
         targets = None
         if not has_adapter:
             targets = request.model.target_modules or query_and_value(model)
         return GradientExtractor(
-            model.to(choose_device(context.settings.device)),
-            target_modules=targets,
-            dtype=DTYPES[request.precision],
+            model.to(choose_device(context.settings.device)), target_modules=targets, **options
         )
     except (NoTrackedModules, UnsupportedModule) as error:
         field = "model.adapter" if request.model.adapter else "model.target_modules"

@@ -1,6 +1,8 @@
-"""A prepared sample set: texts, classes and token ids, memory-mapped from one Arrow file.
+"""A prepared sample set: texts, targets and token ids, memory-mapped from one Arrow file.
 
 Only lengths and classes are held in memory, so a worker's memory does not grow with the texts.
+
+Shapes: T samples of the set, B batch, S sequence.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from workers.influence.batching import collate
+from workers.influence.batching import collate, completion_labels
 from workers.pipeline.artifacts import atomically
 
 SCHEMA = pa.schema(
@@ -23,49 +25,21 @@ SCHEMA = pa.schema(
         "is_noisy": pa.bool_(),
         "input_ids": pa.list_(pa.int32()),
         "token_type_ids": pa.list_(pa.int8()),
+        "completion_start": pa.int32(),
     }
 )
+NO_CLASS = -1
 
 
-class SampleSet:
-    """The samples of one prepared file, in the order of the user's file."""
+class MappedRows:
+    """The rows of an Arrow file, in reach but not in memory."""
 
     def __init__(self, path: Path) -> None:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        self._batches = table.to_batches()
+        self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._batches = self.table.to_batches()
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        lengths = pc.list_value_length(table["input_ids"])
-        self.length_T = torch.from_numpy(np.array(lengths, dtype=np.int64))
-        self.label_T = torch.from_numpy(np.array(table["label"], dtype=np.int64))
-        noisy = table["is_noisy"]
-        self.is_noisy_T: Tensor | None = None
-        if noisy.null_count == 0 and len(noisy):
-            self.is_noisy_T = torch.from_numpy(np.array(noisy, dtype=bool))
-        self._has_segments = table["token_type_ids"].null_count == 0
 
-    def __len__(self) -> int:
-        return len(self.label_T)
-
-    def texts(self, indices: Tensor) -> list[tuple[str, str | None]]:
-        """Return text and second text of the samples at `indices`."""
-        rows = self._take(["text", "text_pair"], indices)
-        return list(zip(rows["text"].to_pylist(), rows["text_pair"].to_pylist(), strict=True))
-
-    def batch(
-        self, indices: Tensor, *, pad_id: int, device: torch.device
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the model's inputs [B, S] and the classes [B] of the samples at `indices`."""
-        names = ["input_ids", "token_type_ids"] if self._has_segments else ["input_ids"]
-        rows = self._take(names, indices)
-        inputs = collate(
-            rows["input_ids"].to_pylist(),
-            pad_id=pad_id,
-            device=device,
-            token_type_ids=rows["token_type_ids"].to_pylist() if self._has_segments else None,
-        )
-        return inputs, self.label_T[indices].to(device)
-
-    def _take(self, names: list[str], indices: Tensor) -> pa.Table:
+    def take(self, names: list[str], indices: Tensor) -> pa.Table:
         """Return some columns of the rows at `indices`.
 
         Record batch by record batch: pyarrow's own take on a whole column of lists or texts first
@@ -82,16 +56,75 @@ class SampleSet:
         return pa.Table.from_batches(parts).take(pa.array(order_B.argsort()))
 
 
+class SampleSet:
+    """The samples of one prepared file, in the order of the user's file.
+
+    Attributes:
+        length_T: int64, tokens of each sample.
+        label_T: int64, the class of each sample; NO_CLASS for a causal language model.
+        is_noisy_T: bool where noise is known, else None.
+        has_completions: whether the samples are of a causal language model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._rows = MappedRows(path)
+        table = self._rows.table
+        lengths = pc.list_value_length(table["input_ids"])
+        self.length_T = torch.from_numpy(np.array(lengths, dtype=np.int64))
+        classes = pc.fill_null(table["label"], NO_CLASS)
+        self.label_T = torch.from_numpy(np.array(classes, dtype=np.int64))
+        noisy = table["is_noisy"]
+        self.is_noisy_T: Tensor | None = None
+        if noisy.null_count == 0 and len(noisy):
+            self.is_noisy_T = torch.from_numpy(np.array(noisy, dtype=bool))
+        self._has_segments = table["token_type_ids"].null_count == 0
+        self.has_completions = table["completion_start"].null_count < len(table)
+
+    def __len__(self) -> int:
+        return len(self.label_T)
+
+    def texts(self, indices: Tensor) -> list[tuple[str, str | None]]:
+        """Return text and second text, or prompt and completion, of the samples at `indices`."""
+        rows = self._rows.take(["text", "text_pair"], indices)
+        return list(zip(rows["text"].to_pylist(), rows["text_pair"].to_pylist(), strict=True))
+
+    def batch(
+        self, indices: Tensor, *, pad_id: int, device: torch.device
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the model's inputs [B, S] and the targets of the samples at `indices`.
+
+        Returns:
+            The inputs, and label_B, the classes; for a causal language model label_BS, the tokens
+            of the completions and -100 elsewhere, aligned with the inputs.
+        """
+        names = ["input_ids"]
+        names += ["token_type_ids"] if self._has_segments else []
+        names += ["completion_start"] if self.has_completions else []
+        rows = self._rows.take(names, indices)
+        token_ids = rows["input_ids"].to_pylist()
+        inputs = collate(
+            token_ids,
+            pad_id=pad_id,
+            device=device,
+            token_type_ids=rows["token_type_ids"].to_pylist() if self._has_segments else None,
+        )
+        if self.has_completions:
+            starts = rows["completion_start"].to_pylist()
+            return inputs, completion_labels(token_ids, starts, device=device)
+        return inputs, self.label_T[indices].to(device)
+
+
 def write_samples(
     path: Path,
     batches: Iterator[pa.RecordBatch],
     *,
     tick: Callable[[int], None],
+    schema: pa.Schema = SCHEMA,
 ) -> None:
-    """Stream record batches of SCHEMA into a sample file, whole or not at all."""
+    """Stream record batches into an Arrow file, whole or not at all."""
     with atomically(path) as temporary:
         num_rows = 0
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
                 num_rows += batch.num_rows

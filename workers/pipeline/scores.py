@@ -1,12 +1,10 @@
 """From influence files to scores: every estimator on every layer group with every aggregation.
 
-One module at a time and one block of validation samples at a time: memory is bounded by the block,
-never by modules × validation × training samples.
-
-Shapes: T training samples, V validation samples, M modules, K related samples.
+Shapes: T training samples, F those that are finite, V validation samples.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +12,47 @@ import torch
 from torch import Tensor
 
 from app.audits.schemas import RankingSpecification
-from workers.influence.aggregation import AGGREGATIONS, GroupAggregator
-from workers.influence.estimators import ESTIMATORS, Baseline, SampleEstimator, SampleFacts
-from workers.influence.evaluation import auc_ndr, noise_detection_rate
-from workers.pipeline.artifacts import Artifacts, TensorFile
+from workers.influence.aggregation import AggregationOptions
+from workers.influence.errors import NonFiniteInfluence
+from workers.influence.estimators import (
+    Baseline,
+    CheckpointEstimator,
+    Estimator,
+    SampleEstimator,
+    SampleFacts,
+)
+from workers.influence.evaluation import measure_detection
+from workers.influence.layer_groups import UnknownLayers
+from workers.pipeline.artifacts import Artifacts
+from workers.pipeline.column_source import ColumnSource, InfluenceReader, LengthReader
+from workers.pipeline.estimator_scores import EstimatorScores
+from workers.pipeline.layout import ALL, ModelLayout
+from workers.pipeline.related import Related, find_related
+from workers.pipeline.training_facts import TrainingFacts
 
-BLOCK_BYTES = 64 * 1024**2
-NUM_RELATED = 5
+PERCENTS = (10, 20, 30)
+_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class ValidationChoice:
+    """Which validation samples count.
+
+    Attributes:
+        is_finite_V: whether loss and gradient are finite; the others are left out.
+        is_correct_V: whether `correct_only` keeps them.
+        class_V: their classes; NO_CLASS for a causal language model.
+    """
+
+    is_finite_V: Tensor
+    is_correct_V: Tensor
+    class_V: Tensor
+
+    @classmethod
+    def nothing(cls) -> "ValidationChoice":
+        """Return the choice of an audit without a validation set."""
+        none_V = torch.zeros(0, dtype=torch.bool)
+        return cls(none_V, none_V, torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -38,192 +70,209 @@ class Scored:
     warnings: list[str]
 
 
-@dataclass(frozen=True)
-class Related:
-    """Validation samples that each training sample harms and helps most.
-
-    Attributes:
-        harmed_KT, helped_KT: validation indices, the most affected first.
-        harm_KT, help_KT: mean influence over the ranking's modules.
-    """
-
-    harmed_KT: Tensor
-    harm_KT: Tensor
-    helped_KT: Tensor
-    help_KT: Tensor
-
-
-class TrainingFacts:
-    """The shards' facts, joined in the order of the training file."""
-
-    def __init__(self, artifacts: Artifacts, num_shards: int) -> None:
-        files = [TensorFile(artifacts.facts(shard)) for shard in range(num_shards)]
-        self.shard_index = [file.rows("index") for file in files]
-        back_T = torch.cat(self.shard_index).argsort()
-
-        def join(name: str) -> Tensor:
-            return torch.cat([file.rows(name) for file in files])[back_T]
-
-        self.loss_T = join("loss")
-        self.predicted_T = join("predicted")
-        self.predicted_probability_T = join("predicted_probability")
-        self.given_probability_T = join("given_probability")
-        self._back_T = back_T
-        self._files = files
-        self.num_modules = files[0].shape("squared_norm")[0]
-
-    def squared_norm_T(self, module: int) -> Tensor:
-        """Return the squared gradient lengths of one module; they are not held in memory."""
-        parts = [file.rows("squared_norm", module) for file in self._files]
-        return torch.cat(parts)[self._back_T]
-
-    def __len__(self) -> int:
-        return len(self.loss_T)
-
-
-class InfluenceReader:
-    """Reads blocks of one estimator's influence, in the order of the training file."""
-
-    def __init__(self, artifacts: Artifacts, estimator: str, shard_index: Sequence[Tensor]) -> None:
-        self._shard_index = shard_index
-        self._files = [
-            TensorFile(artifacts.influence(estimator, shard)) for shard in range(len(shard_index))
-        ]
-        self.num_train = sum(len(index) for index in shard_index)
-        self.num_validation = self._files[0].shape("influence")[1]
-
-    def blocks(self) -> Iterator[slice]:
-        """Yield the blocks of validation samples that keep memory bounded."""
-        step = max(1, BLOCK_BYTES // (4 * self.num_train))
-        for start in range(0, self.num_validation, step):
-            yield slice(start, min(start + step, self.num_validation))
-
-    def read(self, module: int, validation: slice) -> Tensor:
-        """Return influence_VT of one module on a block of validation samples."""
-        influence_VT = torch.empty(validation.stop - validation.start, self.num_train)
-        for index, file in zip(self._shard_index, self._files, strict=True):
-            influence_VT[:, index] = file.rows("influence", module, rows=validation)
-        return influence_VT
-
-
 def detection(score_T: Tensor, is_noisy_T: Tensor | None) -> dict[str, float] | None:
     """Return how well the scores find the known noise, None without any."""
     if is_noisy_T is None or not bool(is_noisy_T.any()):
         return None
-    rates = {
-        f"ndr_{percent}": noise_detection_rate(score_T, is_noisy_T, fraction=percent / 100)
-        for percent in (10, 20, 30)
-    }
-    return {**rates, "auc_ndr": auc_ndr(score_T, is_noisy_T)}
+    fractions = [percent / 100 for percent in PERCENTS]
+    measured = measure_detection(score_T, is_noisy_T, fractions=fractions)
+    rates = {f"ndr_{percent}": rate for percent, rate in zip(PERCENTS, measured.rates, strict=True)}
+    return {**rates, "auc_ndr": measured.auc_ndr}
 
 
-def score_all(
-    artifacts: Artifacts,
-    facts: TrainingFacts,
-    *,
-    estimators: Sequence[str],
-    ranking: RankingSpecification,
-    groups: Mapping[str, Sequence[int]],
-    is_correct_V: Tensor,
-    is_noisy_T: Tensor | None,
-    seed: int,
-    tick: Callable[[int, int], None],
-) -> Scored:
-    """Compute the scores of every configuration, and keep those of the ranking."""
-    configurations: list[dict[str, Any]] = []
-    group_scores: dict[str, Tensor] = {}
-    warnings: list[str] = []
+class Scorer:
+    """Turns the influence of an audit into scores.
 
-    def keep(
-        score_T: Tensor, name: str, group: str, aggregation: str | None, *, correct_only: bool
+    Args:
+        artifacts: the audit's files.
+        facts: of the training samples.
+        layout: where modules stand in the model.
+        validation: which validation samples count.
+        num_checkpoints: how many an estimator of several checkpoints adds up.
+        is_noisy_T: the known noise.
+        seed: of the random baseline.
+        tick: is told how much of the work is done, and how much there is.
+    """
+
+    def __init__(
+        self,
+        artifacts: Artifacts,
+        facts: TrainingFacts,
+        *,
+        layout: ModelLayout,
+        validation: ValidationChoice,
+        num_checkpoints: int = 0,
+        is_noisy_T: Tensor | None = None,
+        seed: int = 0,
+        tick: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
-        configurations.append(
-            {
-                "estimator": name,
-                "layer_group": group,
-                "aggregation": aggregation,
-                "correct_only": correct_only,
-                "detection": detection(score_T, is_noisy_T),
-            }
-        )
-        # correct_only says nothing to an estimator without validation samples
-        is_asked = aggregation in {None, ranking.aggregation} and (
-            correct_only == ranking.correct_only or not ESTIMATORS[name].needs_validation
-        )
-        if name == ranking.estimator and is_asked:
-            group_scores[group] = score_T
+        self._artifacts, self._facts, self._layout = artifacts, facts, layout
+        self._validation, self._num_checkpoints = validation, num_checkpoints
+        self._is_noisy_T, self._seed, self._tick = is_noisy_T, seed, tick
 
-    for number, name in enumerate(estimators):
-        estimator = ESTIMATORS[name]
-        if isinstance(estimator, Baseline):
-            sample_facts = SampleFacts(loss_T=facts.loss_T, is_noisy_T=is_noisy_T, seed=seed)
-            keep(estimator.score(sample_facts), name, "all", None, correct_only=False)
-            continue
-        is_pairwise = not isinstance(estimator, SampleEstimator)
-        aggregator = GroupAggregator(
-            groups,
-            num_train=len(facts),
-            vote_fraction=ranking.vote_fraction,
-            is_correct_V=is_correct_V if is_pairwise else torch.ones(1, dtype=torch.bool),
+    def score_all(
+        self,
+        estimators: Sequence[Estimator],
+        *,
+        aggregations: Sequence[str],
+        ranking: RankingSpecification,
+    ) -> Scored:
+        """Compute the scores of every configuration, and keep those of the ranking.
+
+        Args:
+            estimators: with their parameters.
+            aggregations: names; the ranking's own is always among them.
+            ranking: what ranks.
+
+        Raises:
+            NonFiniteInfluence: an influence on a sample that is finite itself is NaN or infinite;
+                names the training samples.
+            InsufficientMemory: the disk has no room for the ranks of common_set.
+            UnknownLayers: the ranking's estimator has no such layers.
+        """
+        names = list(dict.fromkeys(str(name) for name in (*aggregations, ranking.aggregation)))
+        scored = Scored({}, [], [])
+        for number, estimator in enumerate(estimators):
+            is_ranking = estimator.name == ranking.estimator
+            if isinstance(estimator, Baseline):
+                score_T = self._score_baseline(estimator)
+                scored.configurations.append(self._configuration(score_T, estimator))
+                if is_ranking:
+                    scored.group_scores[ALL] = score_T
+                continue
+
+            def tick(share: float, number: int = number) -> None:
+                self._tick(int(_STEPS * (number + share)), _STEPS * len(estimators))
+
+            groups = self._groups(estimator, ranking.layers, is_ranking=is_ranking)
+            scores = self._score(estimator, groups, names, ranking=ranking, tick=tick)
+            has_pairs = estimator.kind == "pairwise"
+            choices = (False, True) if has_pairs else (False,)
+            for group, name, correct_only in itertools.product(groups, names, choices):
+                tick(1.0)
+                score_T = self._facts.spread(scores.get(group, name, correct_only=correct_only))
+                scored.configurations.append(
+                    self._configuration(score_T, estimator, group, name, correct_only=correct_only)
+                )
+                # correct_only says nothing to an estimator without pairs
+                is_asked = correct_only == ranking.correct_only or not has_pairs
+                if is_ranking and is_asked and name == ranking.aggregation:
+                    scored.group_scores[group] = score_T
+            if is_ranking and has_pairs and not bool(self._is_correct(estimator).any()):
+                scored.warnings.append(
+                    "The model predicts no validation sample correctly, so correct_only would "
+                    "have left none: all validation samples were used."
+                )
+        return scored
+
+    def find_related(self, estimator: Estimator, *, layers: str) -> Related | None:
+        """Find what each training sample harms and helps most, by the rows of some layers.
+
+        Returns:
+            None where influence has no pairs.
+
+        Raises:
+            UnknownLayers: the estimator has no such layers.
+        """
+        if estimator.kind != "pairwise":
+            return None
+        return find_related(
+            self._reader(estimator),
+            self._facts,
+            rows=self._layout.groups_of(estimator, layers)[layers],
+            index_V=self._columns(estimator),
+            keep_alive=lambda: self._tick(1, 1),
         )
-        for module, validation, influence_VT in _influence(artifacts, facts, name):
-            tick(number * facts.num_modules + module, _total(estimators, facts))
-            aggregator.add(module=module, influence_VT=influence_VT, validation=validation)
-        if aggregator.correct_only_fell_back and name == ranking.estimator:
-            warnings.append(
-                "The model predicts no validation sample correctly, so correct_only would have "
-                "left none: all validation samples were used."
+
+    def _groups(
+        self, estimator: Estimator, layers: str, *, is_ranking: bool
+    ) -> dict[str, tuple[int, ...]]:
+        try:
+            return self._layout.groups_of(estimator, layers)
+        except UnknownLayers:
+            if is_ranking:
+                raise
+            return self._layout.standard_groups(estimator)
+
+    def _columns(self, estimator: Estimator) -> Tensor:
+        """Return which columns of an estimator's files count: validation samples, or classes."""
+        is_finite_V = self._validation.is_finite_V
+        if estimator.kind == "class":
+            # the column of a class without validation samples is zero: its ranks mean nothing
+            class_C: Tensor = self._validation.class_V[is_finite_V].unique()
+            return class_C
+        return is_finite_V.nonzero().flatten()
+
+    def _is_correct(self, estimator: Estimator) -> Tensor:
+        """Return which of the columns that count `correct_only` keeps."""
+        if estimator.kind == "pairwise":
+            is_correct_V: Tensor = self._validation.is_correct_V[self._validation.is_finite_V]
+            return is_correct_V
+        num_columns = 1 if estimator.kind == "sample" else len(self._columns(estimator))
+        return torch.ones(num_columns, dtype=torch.bool)
+
+    def _reader(self, estimator: Estimator) -> InfluenceReader:
+        has_checkpoints = isinstance(estimator, CheckpointEstimator)
+        return InfluenceReader(
+            self._artifacts,
+            estimator.name,
+            self._facts,
+            chosen_V=self._columns(estimator),
+            checkpoints=range(self._num_checkpoints) if has_checkpoints else (None,),
+        )
+
+    def _score(
+        self,
+        estimator: Estimator,
+        groups: dict[str, tuple[int, ...]],
+        names: Sequence[str],
+        *,
+        ranking: RankingSpecification,
+        tick: Callable[[float], None],
+    ) -> EstimatorScores:
+        source: ColumnSource
+        if isinstance(estimator, SampleEstimator):
+            num_rows = 1 + max(row for rows in groups.values() for row in rows)
+            source = LengthReader(estimator, self._facts, num_rows=num_rows)
+        else:
+            source = self._reader(estimator)
+        try:
+            return EstimatorScores(
+                source,
+                groups=groups,
+                is_correct_K=self._is_correct(estimator),
+                aggregations=names,
+                options=AggregationOptions(
+                    vote_fraction=ranking.vote_fraction,
+                    trim_fraction=ranking.trim_fraction,
+                    common_share=ranking.common_share,
+                ),
+                scratch=self._artifacts.ranks,
+                tick=tick,
             )
-        for group in groups:
-            for aggregation in AGGREGATIONS:
-                for correct_only in (False, True) if is_pairwise else (False,):
-                    score_T = aggregator.scores(group, aggregation, correct_only=correct_only)
-                    keep(score_T, name, group, aggregation, correct_only=correct_only)
-    return Scored(group_scores, configurations, warnings)
+        except NonFiniteInfluence as error:
+            raise NonFiniteInfluence(
+                f"the influence by {estimator.name}",
+                positions=self._facts.finite_F[list(error.positions)].tolist(),
+            ) from error
 
+    def _score_baseline(self, estimator: Baseline) -> Tensor:
+        facts = SampleFacts(loss_T=self._facts.loss_T, is_noisy_T=self._is_noisy_T, seed=self._seed)
+        return self._facts.put_first(estimator.score(facts))
 
-def _total(estimators: Sequence[str], facts: TrainingFacts) -> int:
-    return len(estimators) * facts.num_modules
-
-
-def _influence(
-    artifacts: Artifacts, facts: TrainingFacts, name: str
-) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yield module, block of validation samples and influence_VT, module by module."""
-    estimator = ESTIMATORS[name]
-    if isinstance(estimator, SampleEstimator):
-        for module in range(facts.num_modules):
-            influence_1T = estimator.influence(squared_norm_B=facts.squared_norm_T(module))
-            yield module, slice(0, 1), influence_1T
-        return
-    reader = InfluenceReader(artifacts, name, facts.shard_index)
-    for module in range(facts.num_modules):
-        for validation in reader.blocks():
-            yield module, validation, reader.read(module, validation)
-
-
-def find_related(
-    artifacts: Artifacts, facts: TrainingFacts, *, estimator: str, modules: Sequence[int]
-) -> Related | None:
-    """Find what each training sample harms and helps most; None where influence has no pairs."""
-    if ESTIMATORS[estimator].kind != "pairwise":
-        return None
-    reader = InfluenceReader(artifacts, estimator, facts.shard_index)
-    best: list[tuple[Tensor, Tensor]] = [
-        (torch.empty(0, len(facts)), torch.empty(0, len(facts), dtype=torch.int64))
-        for _ in range(2)
-    ]
-    for validation in reader.blocks():
-        mean_VT = torch.zeros(validation.stop - validation.start, len(facts), dtype=torch.float64)
-        for module in modules:
-            mean_VT += reader.read(module, validation)
-        mean_VT = (mean_VT / len(modules)).float()
-        index_V1 = torch.arange(validation.start, validation.stop)[:, None]
-        for side, is_helped in enumerate((False, True)):
-            value, index = best[side]
-            candidate = torch.cat([value, mean_VT])
-            candidate_index = torch.cat([index, index_V1.expand_as(mean_VT)])
-            order = candidate.argsort(dim=0, descending=is_helped, stable=True)[:NUM_RELATED]
-            best[side] = (candidate.gather(0, order), candidate_index.gather(0, order))
-    (harm_KT, harmed_KT), (help_KT, helped_KT) = best
-    return Related(harmed_KT, harm_KT, helped_KT, help_KT)
+    def _configuration(
+        self,
+        score_T: Tensor,
+        estimator: Estimator,
+        group: str = ALL,
+        aggregation: str | None = None,
+        *,
+        correct_only: bool = False,
+    ) -> dict[str, Any]:
+        return {
+            "estimator": estimator.name,
+            "layer_group": group,
+            "aggregation": aggregation,
+            "correct_only": correct_only,
+            "detection": detection(score_T, self._is_noisy_T),
+        }

@@ -1,122 +1,162 @@
-"""Stage 3: gradients of the validation samples, computed once and held by every shard.
+"""Stage 3: preflight, plan, and the gradients of the validation samples, held by every shard.
 
-Here the model is seen for the first time as the engine will use it, so the memory is planned here
-and the training set is cut into shards.
+Here the model is seen for the first time as the engine will use it, so it is tried on a few samples
+first, the memory is planned, and the training set is cut into shards.
+
+Shapes: V validation samples, M modules.
 """
 
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from app.catalogue import ESTIMATORS
 from workers.device import device_name, free_bytes
 from workers.influence.errors import InsufficientMemory
+from workers.influence.estimators import (
+    CheckpointEstimator,
+    ClassEstimator,
+    CurvatureEstimator,
+    HiddenStateEstimator,
+    WordEmbeddingEstimator,
+)
+from workers.influence.rows import SparseRows
+from workers.pipeline.agreement import compare_projection
 from workers.pipeline.artifacts import write_json, write_tensors
+from workers.pipeline.checkpoints import learning_rates
+from workers.pipeline.checkup import check_model
 from workers.pipeline.context import StageContext, StageOutput
-from workers.pipeline.facts import Facts
+from workers.pipeline.curvature import module_blocks
+from workers.pipeline.estimating import estimators_of, wishes_of
 from workers.pipeline.failures import AuditRefused
+from workers.pipeline.gradients import dense_modules
+from workers.pipeline.layout import ModelLayout
 from workers.pipeline.memory import (
     FLOAT32,
-    FLOAT64,
-    in_batches,
-    plan_batches,
+    MemoryPlan,
+    Workload,
     plan_memory,
     plan_shards,
+    row_floats,
 )
+from workers.pipeline.non_finite import check_share
 from workers.pipeline.runtime import Runtime, load_runtime
+from workers.pipeline.validation_rows import ValidationRows, collect_validation, write_rows
 
 
 def compute_validation(context: StageContext) -> StageOutput:
     """Write the validation gradients and facts; plan memory and shards."""
     runtime = load_runtime(context)
     extractor = runtime.extractor
-    layers = context.request.ranking.layers
-    if layers not in extractor.groups:
-        raise AuditRefused(
-            "unknown_layers",
-            f"This model has no layer group {layers!r}; it has {', '.join(extractor.groups)}.",
-            field="ranking.layers",
-        )
-    names = estimators_of(context)
-    pairwise = [name for name in names if ESTIMATORS[name].kind == "pairwise"]
-    num_curvature = sum(ESTIMATORS[name].needs_curvature for name in names)
-    cache_bytes = len(runtime.train) * extractor.num_parameters * FLOAT32
-    keeps_gradients = num_curvature > 0 and cache_bytes <= context.settings.max_gradient_cache_bytes
-    plan = plan_memory(
-        free_bytes=free_bytes(runtime.device),
-        num_validation=len(runtime.validation),
-        num_parameters=extractor.num_parameters,
-        num_modules=len(extractor.modules),
-        num_pairwise=len(pairwise),
-        keeps_gradients=keeps_gradients,
-        hidden_size=runtime.hidden_size,
-        num_layers=runtime.num_layers,
-        tokens_per_batch=context.settings.tokens_per_batch,
-        samples_per_shard=context.settings.samples_per_shard,
-    )
+    layout = _layout(context, runtime)
+    preflight = check_model(context, runtime)
+    keeps_gradients, plan = _plan(context, runtime)
     runtime.tokens_per_batch = plan.tokens_per_batch
-    _check_disk(
-        context,
-        runtime,
-        num_pairwise=len(pairwise),
-        num_curvature_files=num_curvature * -(-len(runtime.train) // plan.samples_per_shard),
-        cache_bytes=cache_bytes if keeps_gradients else 0,
-    )
-    _write_gradients(context, runtime)
-    write_json(
-        context.artifacts.modules,
-        {
-            "modules": [spec.name for spec in extractor.modules],
-            "groups": {name: list(members) for name, members in extractor.groups.items()},
-        },
-    )
+    if runtime.validation is not None:
+        collected = collect_validation(context, runtime)
+        _write_validation(context, runtime, collected)
+    agreement = compare_projection(context, runtime)
+    write_json(context.artifacts.modules, layout)
     shards = plan_shards(
         runtime.train.length_T,
         tokens_per_batch=runtime.tokens_per_batch,
         samples_per_shard=plan.samples_per_shard,
     )
+    wishes = wishes_of(context)
     return StageOutput(
         provenance={
             "device": device_name(runtime.device),
             "tokens_per_batch": runtime.tokens_per_batch,
             "samples_per_shard": plan.samples_per_shard,
             "num_shards": len(shards),
+            "num_module_blocks": len(module_blocks(context, runtime)),
+            "num_checkpoints": len(learning_rates(context)) if wishes.checkpoints else 0,
             "keeps_gradients": keeps_gradients,
             "num_modules": len(extractor.modules),
             "num_parameters": extractor.num_parameters,
+            "preflight": preflight,
+            "projection": agreement,
         }
     )
 
 
-def estimators_of(context: StageContext) -> list[str]:
-    """Return the estimators that an audit computes: the asked ones and the baselines."""
-    asked = [*context.request.estimators, context.request.ranking.estimator, "loss", "random"]
-    if context.request.plant_noise or (
-        context.request.train.columns and context.request.train.columns.noise
-    ):
-        asked.append("oracle")
-    return list(dict.fromkeys(str(name) for name in asked))
+def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
+    """Return what the aggregation needs to know of the modules.
+
+    Raises:
+        AuditRefused: the ranking's estimator has not the asked layers in this model.
+    """
+    extractor, ranking = runtime.extractor, context.request.ranking
+    sparse = [module for module, spec in enumerate(extractor.modules) if spec.form == "sparse"]
+    layout = {
+        "modules": [spec.name for spec in extractor.modules],
+        "layers": [spec.layer for spec in extractor.modules],
+        "groups": {name: list(members) for name, members in extractor.groups.items()},
+        "blocks": extractor.num_blocks,
+        "word_embedding": sparse[0] if sparse and context.request.model.word_embeddings else None,
+    }
+    (estimator,) = (item for item in estimators_of(context) if item.name == ranking.estimator)
+    try:
+        ModelLayout.of(layout).groups_of(estimator, ranking.layers)
+    except ValueError as error:
+        raise AuditRefused("unknown_layers", str(error), field="ranking.layers") from error
+    return layout
 
 
-def _check_disk(
-    context: StageContext,
-    runtime: Runtime,
-    *,
-    num_pairwise: int,
-    num_curvature_files: int,
-    cache_bytes: int,
-) -> None:
-    influence_bytes = (
-        len(runtime.train)
-        * len(runtime.validation)
-        * len(runtime.extractor.modules)
-        * num_pairwise
-        * FLOAT32
+def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
+    """Return whether gradients are kept between passes, and what fits into memory and disk."""
+    specs, num_train = runtime.extractor.modules, len(runtime.train)
+    num_validation = len(runtime.validation) if runtime.validation else 0
+    dense = dense_modules(runtime)
+    dense_floats = sum(specs[module].num_parameters for module in dense)
+    num_curvature = sum(isinstance(item, CurvatureEstimator) for item in estimators_of(context))
+    cache_bytes = num_train * dense_floats * FLOAT32
+    keeps_gradients = num_curvature > 0 and cache_bytes <= context.settings.max_gradient_cache_bytes
+    longest = int(runtime.train.length_T.max())
+    workload = Workload(
+        num_validation=num_validation,
+        row_floats=sum(row_floats(spec, num_tokens=longest) for spec in specs),
+        dense_floats=dense_floats if num_curvature else 0,
+        num_curvature=num_curvature,
+        influence_floats=_influence_floats(context, runtime, num_validation),
+        activation_floats=runtime.activation_floats,
+        keeps_gradients=keeps_gradients,
     )
-    curvature_bytes = (
-        num_curvature_files * len(runtime.validation) * runtime.extractor.num_parameters * FLOAT64
+    plan = plan_memory(
+        workload,
+        free_bytes=free_bytes(runtime.device),
+        tokens_per_batch=context.settings.tokens_per_batch,
+        samples_per_shard=context.settings.samples_per_shard,
     )
-    needed = influence_bytes + curvature_bytes + cache_bytes
+    kept = cache_bytes if keeps_gradients else 0
+    _check_disk(context, num_train * workload.influence_floats * FLOAT32 + kept)
+    return keeps_gradients, plan
+
+
+def _influence_floats(context: StageContext, runtime: Runtime, num_validation: int) -> int:
+    """Return how many numbers of influence all estimators have on one training sample."""
+    num_dense = len(dense_modules(runtime))
+    total = 0
+    for estimator in estimators_of(context):
+        if estimator.kind not in {"pairwise", "class"}:
+            continue
+        match estimator:
+            case WordEmbeddingEstimator():
+                total += num_validation
+            case HiddenStateEstimator():
+                total += runtime.extractor.num_blocks * num_validation
+            case ClassEstimator():
+                total += num_dense * len(runtime.prepared.labels)
+            case CheckpointEstimator():
+                total += num_dense * num_validation * len(learning_rates(context))
+            case _:
+                total += len(runtime.extractor.modules) * num_validation
+    return total
+
+
+def _check_disk(context: StageContext, needed: int) -> None:
     free = shutil.disk_usage(context.settings.data_dir).free
     if needed > free:
         raise InsufficientMemory(
@@ -125,28 +165,37 @@ def _check_disk(
         )
 
 
-def _write_gradients(context: StageContext, runtime: Runtime) -> None:
-    samples, extractor = runtime.validation, runtime.extractor
-    gradients = [torch.zeros(len(samples), spec.num_parameters) for spec in extractor.modules]
-    facts = Facts(len(samples), len(extractor.modules))
-    batches = plan_batches(samples.length_T, tokens_per_batch=runtime.tokens_per_batch)
-    index_V = torch.cat(batches)
+def _write_validation(context: StageContext, runtime: Runtime, collected: ValidationRows) -> None:
+    artifacts = context.artifacts
+    facts = collected.facts.tensors()
+    check_share(context, facts["is_finite"], name="validation")
+    write_tensors(artifacts.validation_facts, facts)
+    if collected.hidden_LVH is not None:
+        write_tensors(artifacts.hidden_states, {"hidden": collected.hidden_LVH})
+    fitted = _fit_classes(context, runtime, collected, facts["is_finite"])
+    if fitted:
+        write_tensors(artifacts.fitted, fitted)
+    write_rows(artifacts.validation_gradients(), collected.rows)
 
-    def work(positions: slice, indices: torch.Tensor) -> None:
-        context.hold.tick(positions.start, len(samples))
-        sample = runtime.extract(samples, indices, name="validation")
-        for kept_Vd, gradient_Bd in zip(gradients, sample.gradients, strict=True):
-            kept_Vd[indices] = gradient_Bd.cpu()
-        facts.put(indices, sample, samples.label_T[indices])
 
-    runtime.tokens_per_batch = in_batches(
-        index_V,
-        samples.length_T[index_V],
-        tokens_per_batch=runtime.tokens_per_batch,
-        work=work,
-    )
-    write_tensors(context.artifacts.validation_facts, facts.tensors())
-    write_tensors(
-        context.artifacts.validation_gradients,
-        {f"{module:05d}": kept_Vd for module, kept_Vd in enumerate(gradients)},
-    )
+def _fit_classes(
+    context: StageContext, runtime: Runtime, collected: ValidationRows, is_finite_V: Tensor
+) -> dict[str, Tensor]:
+    """Return what the class estimators fit to the validation gradients, by name and module."""
+    fitted: dict[str, Tensor] = {}
+    class_V = torch.where(is_finite_V, runtime.trusted.label_T, -1)
+    estimators = [item for item in estimators_of(context) if isinstance(item, ClassEstimator)]
+    for estimator in estimators:
+        for module, rows in enumerate(collected.rows):
+            if isinstance(rows, SparseRows):
+                continue
+            context.hold.tick(module, len(collected.rows))
+            tensors = estimator.fit(
+                gram_VV=rows.dot(rows),
+                norm_V=rows.squared_norm().sqrt(),
+                class_V=class_V,
+                num_classes=len(runtime.prepared.labels),
+            )
+            for name, tensor in tensors.items():
+                fitted[f"{estimator.name}/{module:05d}/{name}"] = tensor
+    return fitted

@@ -1,0 +1,163 @@
+"""What must fit together in an audit's request: between its fields, before any file is read."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from app.catalogue import ESTIMATORS, EstimatorName
+from app.errors import FieldConflict
+
+if TYPE_CHECKING:
+    from app.audits.schemas import AuditRequest
+
+MAX_METADATA_KEYS = 50
+MIN_CHECKPOINTS = 2
+
+Path = tuple[str | int, ...]
+
+
+def check_fits_together(request: "AuditRequest") -> None:
+    """Check what the fields say of one another.
+
+    Raises:
+        FieldConflict: the field to change, and how.
+    """
+    _check_model(request)
+    _check_columns(request)
+    _check_layers(request)
+    for path, name in named_estimators(request):
+        _check_needs(request, path, name)
+    _check_parameters(request)
+    if len(request.metadata) > MAX_METADATA_KEYS:
+        raise FieldConflict("metadata", message=f"metadata has more than {MAX_METADATA_KEYS} keys")
+
+
+def named_estimators(request: "AuditRequest") -> Iterator[tuple[Path, EstimatorName]]:
+    """Yield every estimator that the request names, and where."""
+    for place, name in enumerate(request.estimators):
+        yield ("estimators", place), name
+    yield ("ranking", "estimator"), request.ranking.estimator
+
+
+def _check_model(request: "AuditRequest") -> None:
+    model, has_adapter = request.model, bool(request.model.adapter or request.fine_tune)
+    if model.adapter and request.fine_tune:
+        raise FieldConflict(
+            "fine_tune",
+            message="fine_tune starts from a base model; leave out either fine_tune or "
+            "model.adapter",
+        )
+    if model.target_modules and has_adapter:
+        raise FieldConflict(
+            *("model", "target_modules"),
+            message="model.target_modules is for a model that was fine-tuned in full; with "
+            "adapters their own modules are used (fine_tune.target_modules chooses them)",
+        )
+    if model.projection and has_adapter:
+        raise FieldConflict(
+            *("model", "projection"),
+            message="model.projection is for a model that was fine-tuned in full; the gradients "
+            "of adapters are small and always exact",
+        )
+    if model.checkpoints and not model.adapter:
+        raise FieldConflict(
+            *("model", "checkpoints"),
+            message="model.checkpoints are earlier states of model.adapter; name the final "
+            "adapter there, or leave out model.checkpoints (with fine_tune its epochs are the "
+            "checkpoints)",
+        )
+
+
+def _check_columns(request: "AuditRequest") -> None:
+    for name, source in (("train", request.train), ("validation", request.validation)):
+        if source is None or source.columns is None:
+            continue
+        is_labelled = source.columns.kind == "classification"
+        if is_labelled != (request.task == "classification"):
+            raise FieldConflict(
+                *(name, "columns"),
+                message="a classification audit reads columns text and label, a causal_lm audit "
+                f"prompt and completion, or messages; {name}.columns does not fit task "
+                f"{request.task}",
+            )
+    if request.validation and request.validation.columns and request.validation.columns.noise:
+        raise FieldConflict(
+            *("validation", "columns", "noise"),
+            message="the validation set is trusted: leave out validation.columns.noise",
+        )
+    if request.plant_noise and request.train.columns and request.train.columns.noise:
+        raise FieldConflict(
+            "plant_noise",
+            message="train.columns.noise names known noise and plant_noise adds more; use one of "
+            "them",
+        )
+
+
+def _check_layers(request: "AuditRequest") -> None:
+    ranking = request.ranking
+    estimator = ESTIMATORS[ranking.estimator]
+    if not estimator.has_layers and ranking.layers != "all":
+        raise FieldConflict(
+            *("ranking", "layers"),
+            message=f"ranking.estimator {ranking.estimator.value} has no layers; set "
+            "ranking.layers to all",
+        )
+    if "word_embeddings" in estimator.needs and ranking.layers != "WE":
+        raise FieldConflict(
+            *("ranking", "layers"),
+            message=f"ranking.estimator {ranking.estimator.value} looks at the word embeddings "
+            "alone; set ranking.layers to WE",
+        )
+
+
+def _check_needs(request: "AuditRequest", path: Path, name: EstimatorName) -> None:
+    needs = ESTIMATORS[name].needs
+    if "validation" in needs and request.validation is None:
+        raise FieldConflict(
+            "validation",
+            message=f"the estimator {name.value} ({'.'.join(map(str, path))}) needs a validation "
+            "set: name one here, or ask for estimators that do without (self_influence, loss, "
+            "random)",
+        )
+    if "checkpoints" in needs and not _has_checkpoints(request):
+        raise FieldConflict(
+            *path,
+            message=f"the estimator {name.value} needs at least {MIN_CHECKPOINTS} checkpoints: "
+            "fine-tune with fine_tune.epochs of 2 or more, or name adapters in model.checkpoints",
+        )
+    if "classes" in needs and request.task != "classification":
+        raise FieldConflict(
+            *path,
+            message=f"the estimator {name.value} needs classes, which a causal language model "
+            "does not have; leave it out",
+        )
+
+
+def _has_checkpoints(request: "AuditRequest") -> bool:
+    if request.fine_tune is not None:
+        return request.fine_tune.epochs >= MIN_CHECKPOINTS
+    return request.model.checkpoints is not None
+
+
+def _check_parameters(request: "AuditRequest") -> None:
+    for name, values in request.estimator_parameters.items():
+        known = {parameter.name: parameter for parameter in ESTIMATORS[name].parameters}
+        for parameter_name, value in values.items():
+            path = ("estimator_parameters", name.value, parameter_name)
+            parameter = known.get(parameter_name)
+            if parameter is None:
+                has = f"has {', '.join(known)}" if known else "has none"
+                raise FieldConflict(
+                    *path,
+                    message=f"the estimator {name.value} has no parameter {parameter_name!r}; "
+                    f"it {has}",
+                )
+            if not parameter.minimum <= value <= parameter.maximum:
+                raise FieldConflict(
+                    *path,
+                    message=f"{parameter_name} is {value:g}; it goes from {parameter.minimum:g} "
+                    f"to {parameter.maximum:g}",
+                )
+            if parameter.is_whole and value != int(value):
+                raise FieldConflict(
+                    *path, message=f"{parameter_name} is {value:g}; it must be a whole number"
+                )

@@ -1,0 +1,67 @@
+"""Stage 5, by checkpoint and shard: dot products at earlier states of the adapter, for tracin.
+
+The unit at position p is checkpoint p // S, shard p % S, for S shards. What a checkpoint adds is
+written with its weight; whoever reads the influence adds the checkpoints up.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.influence.estimators.tracin import TracIn
+from workers.pipeline.artifacts import read_json, write_tensors
+from workers.pipeline.context import StageContext, StageOutput
+from workers.pipeline.gradients import dense_modules
+from workers.pipeline.memory import in_batches
+from workers.pipeline.runtime import Runtime, load_runtime
+from workers.pipeline.validation_rows import collect_validation, write_rows
+
+
+def learning_rates(context: StageContext) -> list[float]:
+    """Return the learning rate that led to each checkpoint."""
+    if context.request.fine_tune is not None:
+        kept: dict[str, Any] = read_json(context.artifacts.epochs)
+        return [float(rate) for rate in kept["learning_rates"]]
+    return [checkpoint.learning_rate for checkpoint in context.request.model.checkpoints or ()]
+
+
+def compute_checkpoint(context: StageContext) -> StageOutput:
+    """Write a shard's weighted dot products [M, V, T_shard] at one checkpoint."""
+    artifacts = context.artifacts
+    checkpoint, shard = divmod(context.claim.position, context.provenance["num_shards"])
+    estimator = TracIn()
+    target = artifacts.influence(estimator.name, shard, checkpoint)
+    if target.exists():
+        return StageOutput()
+    runtime = load_runtime(context, checkpoint=checkpoint)
+    path = artifacts.validation_gradients(checkpoint)
+    if not path.exists():
+        _write_validation(context, runtime, checkpoint)
+    validation = runtime.validation_rows(path)
+    weight = estimator.weights(learning_rates(context))[checkpoint]
+    modules = dense_modules(runtime)
+    index_T = runtime.shard(context, shard)
+    influence_MVT = torch.zeros(len(modules), len(runtime.trusted), len(index_T))
+
+    def work(positions: slice, indices: Tensor) -> None:
+        context.hold.tick(positions.start, len(index_T))
+        sample = runtime.extract(runtime.train, indices)
+        for module in modules:
+            dot_VB = validation[module].dot(sample.gradients[module])
+            influence_MVT[module, :, positions] = (weight * dot_VB).cpu()
+
+    runtime.tokens_per_batch = in_batches(
+        index_T,
+        runtime.train.length_T[index_T],
+        tokens_per_batch=runtime.tokens_per_batch,
+        work=work,
+    )
+    write_tensors(target, {"influence": influence_MVT})
+    return StageOutput()
+
+
+def _write_validation(context: StageContext, runtime: Runtime, checkpoint: int) -> None:
+    """Take the validation gradients at a checkpoint; two workers at once write the same bytes."""
+    collected = collect_validation(context, runtime)
+    write_rows(context.artifacts.validation_gradients(checkpoint), collected.rows)

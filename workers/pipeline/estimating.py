@@ -1,0 +1,46 @@
+"""Which estimators an audit computes, and what they ask of the passes over the model."""
+
+from dataclasses import dataclass
+
+from workers.influence.estimators import Estimator, make_estimator
+from workers.pipeline.context import StageContext
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the audit's estimators need beside dot products of gradients."""
+
+    curvature: bool
+    kronecker: bool
+    hidden_states: bool
+    word_embeddings: bool
+    checkpoints: bool
+
+
+def estimators_of(context: StageContext) -> list[Estimator]:
+    """Return the estimators that an audit computes: the asked ones and the baselines."""
+    request = context.request
+    asked = [*request.estimators, request.ranking.estimator, "loss", "random"]
+    if request.plant_noise or (request.train.columns and request.train.columns.noise):
+        asked.append("oracle")
+    parameters = {str(name): values for name, values in request.estimator_parameters.items()}
+    return [
+        make_estimator(name, parameters.get(name, {}))
+        for name in dict.fromkeys(str(name) for name in asked)
+    ]
+
+
+def wishes_of(context: StageContext) -> Wishes:
+    """Return what the audit's estimators need together."""
+    estimators = estimators_of(context)
+
+    def any_needs(what: str) -> bool:
+        return any(getattr(estimator, f"needs_{what}") for estimator in estimators)
+
+    return Wishes(
+        curvature=any_needs("curvature"),
+        kronecker=any_needs("kronecker"),
+        hidden_states=any_needs("hidden_states"),
+        word_embeddings=context.request.model.word_embeddings or any_needs("word_embeddings"),
+        checkpoints=any_needs("checkpoints"),
+    )

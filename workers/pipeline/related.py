@@ -1,0 +1,82 @@
+"""The validation samples that each training sample harms and helps most.
+
+Shapes: T training samples, F those that are finite, V a block of validation samples, K the
+related ones.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.pipeline.column_source import InfluenceReader
+from workers.pipeline.training_facts import TrainingFacts
+
+NUM_RELATED = 5
+
+
+@dataclass(frozen=True)
+class Related:
+    """Validation samples that each training sample harms and helps most.
+
+    A training sample that is not finite has influence 0 on the first ones.
+
+    Attributes:
+        harmed_KT, helped_KT: validation indices, the most affected first.
+        harm_KT, help_KT: mean influence over the ranking's modules.
+    """
+
+    harmed_KT: Tensor
+    harm_KT: Tensor
+    helped_KT: Tensor
+    help_KT: Tensor
+
+
+def find_related(
+    reader: InfluenceReader,
+    facts: TrainingFacts,
+    *,
+    rows: Sequence[int],
+    index_V: Tensor,
+    keep_alive: Callable[[], None],
+) -> Related:
+    """Find what each training sample harms and helps most.
+
+    Args:
+        reader: the influence of a pairwise estimator.
+        facts: of the training samples.
+        rows: the rows of the ranking's layers.
+        index_V: the validation index of every column.
+        keep_alive: is called again and again.
+    """
+    best: list[tuple[Tensor, Tensor]] = [
+        (torch.empty(0, reader.num_train), torch.empty(0, reader.num_train, dtype=torch.int64))
+        for _ in range(2)
+    ]
+    for columns in reader.column_blocks():
+        mean_VF = torch.zeros(columns.stop - columns.start, reader.num_train, dtype=torch.float64)
+        for row in rows:
+            keep_alive()
+            mean_VF += reader.read(row, columns)
+        mean_VF = (mean_VF / len(rows)).float()
+        index_VF = index_V[columns][:, None].expand_as(mean_VF)
+        for side, is_helped in enumerate((False, True)):
+            value, index = best[side]
+            candidate, candidate_index = torch.cat([value, mean_VF]), torch.cat([index, index_VF])
+            order = candidate.argsort(dim=0, descending=is_helped, stable=True)[:NUM_RELATED]
+            best[side] = (candidate.gather(0, order), candidate_index.gather(0, order))
+    (harm_KF, harmed_KF), (help_KF, helped_KF) = best
+
+    def spread(value_KF: Tensor, default_K: Tensor) -> Tensor:
+        value_KT = default_K[:, None].repeat(1, len(facts))
+        value_KT[:, facts.finite_F] = value_KF
+        return value_KT
+
+    first_K, zero_K = index_V[: len(harm_KF)], torch.zeros(len(harm_KF))
+    return Related(
+        harmed_KT=spread(harmed_KF, first_K),
+        harm_KT=spread(harm_KF, zero_K),
+        helped_KT=spread(helped_KF, first_K),
+        help_KT=spread(help_KF, zero_K),
+    )

@@ -1,0 +1,64 @@
+"""What is known of every training sample beside influence.
+
+Shapes: T training samples, F those whose loss and gradient are finite.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from workers.pipeline.artifacts import Artifacts, TensorFile
+
+
+class TrainingFacts:
+    """The shards' facts, joined in the order of the training file.
+
+    Attributes:
+        shard_index: the training indices of every shard's samples.
+        loss_T, predicted_T, predicted_probability_T, given_probability_T: as the model answered.
+        is_finite_T: whether loss and gradient are finite; influence is aggregated over these alone.
+        finite_F: the training indices of those that are.
+        num_modules: M.
+    """
+
+    def __init__(self, artifacts: Artifacts, num_shards: int) -> None:
+        self.files = [TensorFile(artifacts.facts(shard)) for shard in range(num_shards)]
+        self.shard_index = [file.rows("index") for file in self.files]
+        back_T = torch.cat(self.shard_index).argsort()
+
+        def join(name: str) -> Tensor:
+            return torch.cat([file.rows(name) for file in self.files])[back_T]
+
+        self.loss_T = join("loss")
+        self.predicted_T = join("predicted")
+        self.predicted_probability_T = join("predicted_probability")
+        self.given_probability_T = join("given_probability")
+        self.is_finite_T = join("is_finite").bool()
+        self.finite_F = self.is_finite_T.nonzero().flatten()
+        self.num_modules = self.files[0].shape("squared_norm")[0]
+
+    @property
+    def num_non_finite(self) -> int:
+        """How many samples' loss or gradient is not finite."""
+        return len(self) - len(self.finite_F)
+
+    def put_first(self, score_T: Tensor) -> Tensor:
+        """Return the scores with those of non-finite samples just below the lowest of the others.
+
+        They all get the next float32 below it, so that they stand first, by training index.
+        """
+        if not self.num_non_finite:
+            return score_T
+        lowest = score_T[self.is_finite_T].min()
+        below = torch.nextafter(lowest, torch.tensor(-math.inf, dtype=lowest.dtype))
+        return torch.where(self.is_finite_T, score_T, below)
+
+    def spread(self, score_F: Tensor) -> Tensor:
+        """Return score_T from the scores of the finite samples: the others stand first."""
+        score_T = torch.zeros(len(self), dtype=score_F.dtype)
+        score_T[self.finite_F] = score_F
+        return self.put_first(score_T)
+
+    def __len__(self) -> int:
+        return len(self.loss_T)
