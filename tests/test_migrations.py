@@ -1,17 +1,25 @@
 """Migrations: up, down and up again, and what they make is what the models say."""
 
+import json
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import CheckConstraint, Engine, inspect, text
+from sqlalchemy import CheckConstraint, Connection, Engine, inspect, select, text
+from sqlalchemy.orm import Session
 
 import app.tables  # noqa: F401  registers every table
+from app.audits.assemble import assemble_audit
+from app.audits.models import Audit, AuditState
+from app.audits.schemas import AuditRequest
 from app.db import Base, make_engine
 from app.embedded import EmbeddedServers
 from app.migrate import migrate
 from app.settings import Settings
+from app.work.models import Stage, WorkUnit
+from app.work.stages import overall_progress, stages_of
 
 
 @pytest.fixture
@@ -60,6 +68,153 @@ def test_samples_without_labels_outlive_a_way_back(empty: Engine) -> None:
     with empty.connect() as connection:
         kept = connection.execute(text("SELECT text, non_finite FROM training_samples")).all()
     assert kept == [("text", False)]
+
+
+class TestAuditsOfTheFirstVersion:
+    """What becomes of rows that 0.1.0 wrote."""
+
+    REQUEST: ClassVar[dict[str, Any]] = {
+        "model": {
+            "reference": "hf://org/model@main",
+            "adapter": None,
+            "target_modules": None,
+        },
+        "train": {
+            "reference": "upload:ds_0192f0c1a1b27c3d8e4f5a6b7c8d9e0f",
+            "columns": {"text": "text", "label": "label", "text_pair": None, "noise": None},
+        },
+        "validation": {
+            "reference": "upload:ds_0192f0c1a1b27c3d8e4f5a6b7c8d9e10",
+            "columns": {"text": "t", "label": "l", "text_pair": None, "noise": "wrong"},
+        },
+        "fine_tune": None,
+        "plant_noise": {"fraction": 0.2, "seed": 0},
+        "estimators": ["grad_dot", "datainf", "self_influence", "oracle"],
+        "ranking": {
+            "estimator": "datainf",
+            "layers": "02-03",
+            "aggregation": "vote",
+            "vote_fraction": 0.3,
+            "correct_only": True,
+        },
+        "flag": {"fraction": 0.1, "count": None},
+        "max_tokens": 256,
+        "precision": "bfloat16",
+        "seed": 0,
+    }
+    # id, state, stage, whether it has ended, whether its end was asked for
+    AUDITS = (
+        ("queued", "queued", None, False, False),
+        ("hub", "queued", None, False, False),
+        ("preparing", "preparing", "prepare", False, False),
+        ("curving", "computing", "precondition", False, False),
+        ("stopping", "computing", "gradients", False, True),
+        ("ended", "succeeded", None, True, False),
+        ("odd", "cancelled", "precondition", True, True),
+    )
+
+    @pytest.fixture
+    def upgraded(self, empty: Engine) -> Engine:
+        migrate(empty, "0001")
+        with empty.begin() as connection:
+            for row in self.AUDITS:
+                self._insert(connection, *row)
+        migrate(empty)
+        return empty
+
+    def request_of(self, id_: str) -> dict[str, Any]:
+        """Return a request; one names data sets on the hub, whose columns it does not know."""
+        if id_ != "hub":
+            return self.REQUEST
+        source = {"reference": "hf://datasets/org/texts@main?split=test", "columns": None}
+        return {**self.REQUEST, "train": source, "validation": source}
+
+    def _insert(self, connection: Connection, id_: str, state: str, *rest: Any) -> None:
+        stage, is_over, is_cancelled = rest
+        audit = {
+            "id": id_,
+            "state": state,
+            "stage": stage,
+            "request": json.dumps(self.request_of(id_)),
+            "times": json.dumps({state: "2026-01-01T00:00:00+00:00"}),
+            "finished_at": "2026-01-02T00:00:00Z" if is_over else None,
+            "cancelled_at": "2026-01-02T00:00:00Z" if is_cancelled else None,
+        }
+        connection.execute(
+            text(
+                "INSERT INTO audits VALUES (:id, 'default', :state, 7, :request, '{}', now(), "
+                ":finished_at, :times, :cancelled_at, :stage, 0.5, 10, 60, NULL, NULL, '{}', "
+                "'{}', '{}', NULL, NULL, NULL)"
+            ),
+            audit,
+        )
+        open_state, lease = ("ready", None) if state == "queued" else ("running", "now")
+        for position, (unit_state, lease_until) in enumerate(
+            [("done", None), (open_state, lease)][: 1 if is_over else 2]
+        ):
+            connection.execute(
+                text(
+                    "INSERT INTO work_units (id, audit_id, stage, position, state, epoch, "
+                    "attempts, lease_until, done, total, result) VALUES (:id, :audit, :stage, "
+                    ":position, :state, 1, 1, :lease, 0, 1, '{}')"
+                ),
+                {
+                    "id": f"{id_}-{position}",
+                    "audit": id_,
+                    "stage": stage or "prepare",
+                    "position": position,
+                    "state": unit_state,
+                    "lease": lease_until,
+                },
+            )
+
+    def test_what_had_begun_has_failed_and_says_why(self, upgraded: Engine) -> None:
+        with Session(upgraded) as session:
+            for audit_id in ("preparing", "curving"):
+                audit = session.get_one(Audit, audit_id)
+                assert (audit.state, audit.stage, audit.eta_seconds) == ("failed", None, None)
+                assert (audit.error_code, audit.error_field) == ("upgraded", None)
+                assert "submit it again" in (audit.error_message or "")
+                assert audit.finished_at is not None
+                assert audit.version == 8
+                answer = assemble_audit(audit)
+                assert list(answer.state_times)[-1] == "failed"
+                assert answer.state_times[AuditState.FAILED] == audit.finished_at
+            stopped = session.get_one(Audit, "stopping")
+            assert (stopped.state, stopped.error_code) == ("cancelled", None)
+            assert assemble_audit(stopped).done
+
+    def test_none_of_their_work_is_left(self, upgraded: Engine) -> None:
+        with Session(upgraded) as session:
+            units = session.scalars(select(WorkUnit)).all()
+            assert {unit.id for unit in units if unit.state != "done"} == {*("queued-1", "hub-1")}
+            assert {unit.id for unit in units if unit.state == "done"} == {
+                f"{audit_id}-0" for audit_id, *_ in self.AUDITS
+            }
+
+    def test_queued_ones_go_on(self, upgraded: Engine) -> None:
+        """Their requests lack what is new; it has a default."""
+        with Session(upgraded) as session:
+            assert AuditRequest.model_validate(session.get_one(Audit, "hub").request).validation
+            audit = session.get_one(Audit, "queued")
+            assert (audit.state, audit.version, audit.finished_at) == ("queued", 7, None)
+            request = AuditRequest.model_validate(audit.request)
+            assert (request.task, request.model.checkpoints) == ("classification", None)
+            assert request.ranking.layers == "02-03"
+            assert request.validation is not None
+            assert request.validation.columns is not None
+            assert (request.validation.columns.text, request.validation.columns.noise) == (
+                *("t", None),
+            )
+            assert Stage.CURVATURE in stages_of(audit.request)
+            assert overall_progress(audit.request, Stage.AGGREGATE, 1.0) == 1.0
+
+    def test_what_had_ended_stays_as_it_was(self, upgraded: Engine) -> None:
+        with Session(upgraded) as session:
+            ended, odd = (session.get_one(Audit, name) for name in ("ended", "odd"))
+            assert (ended.state, ended.version, ended.stage) == ("succeeded", 7, None)
+            assert (odd.state, odd.stage) == ("cancelled", "curvature")
+            assert assemble_audit(odd).stage is Stage.CURVATURE
 
 
 def test_the_migrations_make_what_the_models_say(empty: Engine) -> None:

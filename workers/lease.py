@@ -74,15 +74,27 @@ class Hold:
         self._thread.join()
 
     def tick(self, done: int, total: int) -> None:
-        """Report progress.
+        """Report progress in samples.
 
         Raises:
             Stopped: the work must end now.
         """
+        if self._first_done is None:
+            self._first_done, self._started = done, time.monotonic()
+        self._report(done, total)
+
+    def step(self, done: int, total: int) -> None:
+        """Report progress that is not counted in samples, so that no speed is told.
+
+        Raises:
+            Stopped: the work must end now.
+        """
+        self._first_done = None
+        self._report(done, total)
+
+    def _report(self, done: int, total: int) -> None:
         self._ticked_at = time.monotonic()
         self._done, self._total = done, total
-        if self._first_done is None:
-            self._first_done, self._started = done, self._ticked_at
         if self._is_draining:
             raise Draining
         if self._stop_reason is not None:
@@ -94,7 +106,7 @@ class Hold:
         Raises:
             Stopped: the work must end now.
         """
-        self.tick(self._done, self._total)
+        self._report(self._done, self._total)
 
     def drain(self) -> None:
         """Let the next tick raise Draining; safe in a signal handler."""

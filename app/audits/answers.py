@@ -207,5 +207,8 @@ class LayerTable(BaseModel):
     """Every computed configuration."""
 
     layer_groups: dict[str, list[str]] = Field(description="Group to the modules in it.")
+    module_cancellation: dict[str, Cancellation] | None = Field(
+        None, description="Of every single module; that of groups and blocks stands in the audit."
+    )
     data: list[LayerResult]
     score_order: str = ScoreOrder

@@ -122,10 +122,13 @@ def assemble_layers(audit: Audit) -> answers.LayerTable:
     """Return every computed configuration."""
     summary = audit.summary
     # JSONB forgets the order of keys; the groups have one, from the first layer to the last.
-    groups = {name: summary["layer_groups"][name] for name in summary["layer_group_order"]}
+    # Winnow 0.1.0 kept one order for the table and for the samples' standings.
+    order = summary.get("layer_group_order", summary["group_order"])
+    groups = {name: summary["layer_groups"][name] for name in order}
     return answers.LayerTable.model_validate(
         {
             "layer_groups": groups,
+            "module_cancellation": summary.get("module_cancellation"),
             "data": summary["configurations"],
         }
     )

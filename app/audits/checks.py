@@ -6,7 +6,7 @@ from pathlib import Path
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from app.audits.model_folders import has_chat_template, has_gguf_only
+from app.audits.model_folders import gguf_files, has_chat_template
 from app.audits.schemas import AuditRequest, DatasetSource, Task
 from app.catalogue import ESTIMATORS
 from app.datasets.columns import columns_by_header, default_columns
@@ -97,7 +97,7 @@ def _check_template(settings: Settings, checked: AuditRequest) -> None:
     if not isinstance(reference, FileReference):
         return
     folder = resolve_file(reference.path, settings.file_roots)
-    if has_gguf_only(folder) or has_chat_template(folder):
+    if gguf_files(folder) or has_chat_template(folder):
         return
     for name, source in _sources(checked):
         if source.columns is not None and source.columns.kind == "chat":
@@ -141,7 +141,13 @@ def _check_model(settings: Settings, text: str, pointer: str, config: str) -> No
             pointer, f"{reference.path} is a file; name the folder that holds {config}."
         )
     names = {path.name for path in folder.iterdir()}
-    if config == MODEL_CONFIG and has_gguf_only(folder):
+    if config == MODEL_CONFIG and (ggufs := gguf_files(folder)):
+        if len(ggufs) > 1:
+            raise InvalidRequest.at(
+                pointer,
+                f"{reference.path} holds several GGUF files ({', '.join(ggufs[:5])}); name a "
+                "folder with one.",
+            )
         return
     if config not in names:
         other = ADAPTER_CONFIG if config == MODEL_CONFIG else MODEL_CONFIG

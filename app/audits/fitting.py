@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 MAX_METADATA_KEYS = 50
 MIN_CHECKPOINTS = 2
+# Estimators that need one of these look at other modules than the word embeddings.
+_NEEDS_OTHER_MODULES = frozenset({"curvature", "classes", "checkpoints"})
 
 Path = tuple[str | int, ...]
 
@@ -95,6 +97,14 @@ def _check_columns(request: "AuditRequest") -> None:
 def _check_layers(request: "AuditRequest") -> None:
     ranking = request.ranking
     estimator = ESTIMATORS[ranking.estimator]
+    parts = ranking.layers.split(",")
+    for part in parts:
+        first, _, last = part.partition("-")
+        if last and int(last) < int(first):
+            raise FieldConflict(
+                *("ranking", "layers"),
+                message=f"the layers {part} end before they begin; write {last}-{first}",
+            )
     if not estimator.has_layers and ranking.layers != "all":
         raise FieldConflict(
             *("ranking", "layers"),
@@ -106,6 +116,32 @@ def _check_layers(request: "AuditRequest") -> None:
             *("ranking", "layers"),
             message=f"ranking.estimator {ranking.estimator.value} looks at the word embeddings "
             "alone; set ranking.layers to WE",
+        )
+    elsewhere = [part for part in parts if part in {"CL", "WE"}]
+    if "hidden_states" in estimator.needs and elsewhere:
+        raise FieldConflict(
+            *("ranking", "layers"),
+            message=f"ranking.estimator {ranking.estimator.value} compares what the transformer "
+            f"blocks put out, and has no layers {' and '.join(elsewhere)}; set ranking.layers to "
+            "all, to a block (04) or to a range of blocks (02-03)",
+        )
+    if "WE" in parts and "word_embeddings" not in estimator.needs:
+        _check_word_embeddings(request)
+
+
+def _check_word_embeddings(request: "AuditRequest") -> None:
+    name = request.ranking.estimator
+    if not _NEEDS_OTHER_MODULES.isdisjoint(ESTIMATORS[name].needs):
+        raise FieldConflict(
+            *("ranking", "layers"),
+            message=f"ranking.estimator {name.value} does not look at the word embeddings; leave "
+            "WE out of ranking.layers, or rank by grad_dot, grad_cosine or tracin_we",
+        )
+    if not request.model.word_embeddings:
+        raise FieldConflict(
+            *("ranking", "layers"),
+            message="the gradients of the word embeddings are not taken; set "
+            "model.word_embeddings to true, or leave WE out of ranking.layers",
         )
 
 

@@ -9,10 +9,15 @@ CHAT_TEMPLATE = "chat_template.jinja"
 MAX_CONFIG_BYTES = 8 * 1024**2
 
 
-def has_gguf_only(folder: Path) -> bool:
-    """Return whether a folder's weights are one GGUF file, which brings its own tokenizer."""
-    suffixes = [path.suffix for path in folder.iterdir()]
-    return suffixes.count(".gguf") == 1 and ".safetensors" not in suffixes
+def gguf_files(folder: Path) -> list[str]:
+    """Return the GGUF files that are a folder's weights; none where there are safetensors.
+
+    One brings its own tokenizer; of several, it cannot be told which is meant.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    if any(name.endswith(".safetensors") for name in names):
+        return []
+    return [name for name in names if name.endswith(".gguf")]
 
 
 def has_chat_template(folder: Path) -> bool:

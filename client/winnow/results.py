@@ -198,9 +198,10 @@ class SampleDetail(Suspect):
 
 
 class LayerTable(Result):
-    """Every computed configuration."""
+    """Every computed configuration, and how much each module's training gradients cancel out."""
 
     layer_groups: dict[str, list[str]]
+    module_cancellation: dict[str, Cancellation] | None = None
     data: list[LayerResult]
     score_order: str
 

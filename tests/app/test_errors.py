@@ -1,7 +1,9 @@
 """Every error is a problem document, whoever makes it."""
 
+import ast
 import errno
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -17,8 +19,11 @@ from app.errors import AppError
 from app.main import create_app
 from app.settings import Settings
 from tests.factories import request_body
+from workers.sources.errors import SourceErrorCode
 
 JSON = {"content-type": "application/json"}
+ROOT = Path(__file__).parents[2]
+CODE = re.compile(r"[a-z]+(_[a-z]+)*")
 
 
 def problem_of(response: Any, status: int) -> dict[str, Any]:
@@ -170,8 +175,49 @@ class TestOpenApi:
 
 
 def test_the_documentation_lists_every_error() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
+    text = (ROOT / "docs" / "errors.md").read_text()
     for error in AppError.__subclasses__():
         assert f"| `urn:winnow:problem:{error.type_}` | {int(error.status)} |" in text
-    for code in get_args(DatasetErrorCode):
-        assert f"`{code}`" in text
+    listed = {
+        code
+        for line in text.partition("## Why an audit failed")[2].splitlines()
+        if line.startswith("| `")
+        for code in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    assert listed == codes_in_the_source()
+
+
+def codes_in_the_source() -> set[str]:
+    """Return every code that an audit can fail with, as the source spells it out."""
+    codes: set[str] = {*get_args(DatasetErrorCode), *get_args(SourceErrorCode)}
+    for folder in ("app", "workers", "migrations"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            codes |= {
+                value.value
+                for node in ast.walk(ast.parse(path.read_text()))
+                for value in where_codes_stand(node)
+                if isinstance(value, ast.Constant)
+                and isinstance(value.value, str)
+                and CODE.fullmatch(value.value)
+            }
+    return codes - {"influence_error"}  # that of a base class, which nobody raises
+
+
+def where_codes_stand(node: ast.AST) -> list[ast.expr]:
+    """Return what may be an error's code: of calls, of constants, of a migration's columns."""
+    match node:
+        case ast.Call(func=ast.Name(id="AuditRefused" | "Failure")):
+            named = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+            return [*node.args[:1], *named]
+        case ast.Call(func=ast.Attribute(attr="refuse")):
+            return node.args[:2]
+        case ast.Assign(targets=[ast.Name(id="code" | "INTERNAL_ERROR")]):
+            return [node.value]
+        case ast.Dict():
+            pairs = zip(node.keys, node.values, strict=True)
+            return [
+                value
+                for key, value in pairs
+                if isinstance(key, ast.Constant) and key.value == "error_code"
+            ]
+    return []

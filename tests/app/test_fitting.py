@@ -54,6 +54,35 @@ def upload(client: TestClient, name: str, content: str) -> dict[str, str]:
         ),
         ({"ranking": {"estimator": "tracin_we"}}, "#/ranking/layers", "set ranking.layers to WE"),
         ({"ranking": {"layers": "middle"}}, "#/ranking/layers", "pattern"),
+        ({"ranking": {"layers": "05-02"}}, "#/ranking/layers", "write 02-05"),
+        ({"ranking": {"layers": "00,03-001,CL"}}, "#/ranking/layers", "write 001-03"),
+        ({"ranking": {"layers": "WE"}}, "#/ranking/layers", "set model.word_embeddings to true"),
+        (
+            {"ranking": {"estimator": "self_influence", "layers": "02,WE"}},
+            "#/ranking/layers",
+            "leave WE out of ranking.layers",
+        ),
+        (
+            {
+                "model": {"reference": "hf://org/model@main", "word_embeddings": True},
+                "ranking": {"estimator": "datainf", "layers": "WE"},
+            },
+            "#/ranking/layers",
+            "datainf does not look at the word embeddings",
+        ),
+        (
+            {"ranking": {"estimator": "repsim", "layers": "01,CL"}},
+            "#/ranking/layers",
+            "has no layers CL; set ranking.layers to all",
+        ),
+        (
+            {
+                "model": {"reference": "hf://org/model@main", "word_embeddings": True},
+                "ranking": {"estimator": "repsim", "layers": "CL,WE"},
+            },
+            "#/ranking/layers",
+            "has no layers CL and WE",
+        ),
         (
             {"estimator_parameters": {"lissa": {"depth": 3}}},
             "#/estimator_parameters/lissa/depth",
@@ -115,6 +144,15 @@ def test_what_does_not_fit_together_is_refused_by_name(
         },
         {"ranking": {"estimator": "tracin_we", "layers": "WE"}},
         {"ranking": {"layers": "00-01,03,CL"}},
+        {"ranking": {"layers": "02-02"}},
+        {"ranking": {"estimator": "repsim", "layers": "00-01,03"}},
+        *(
+            {
+                "model": {"reference": "hf://org/model@main", "word_embeddings": True},
+                "ranking": {"estimator": estimator, "layers": "WE,CL"},
+            }
+            for estimator in ("grad_cosine", "grad_covariance", "datainf_self", "self_influence")
+        ),
         {"task": "causal_lm", "estimators": ["repsim"]},
         {"estimator_parameters": {"lissa": {"steps": 20}}},
     ],
@@ -174,4 +212,4 @@ def test_a_folder_with_one_gguf_file_is_a_model(client: TestClient, settings: Se
     (folder / "other.gguf").write_bytes(b"GGUF")
     (pointer, sentence) = errors_of(client, **changes)[0]
     assert pointer == "#/model/reference"
-    assert "config.json" in sentence
+    assert "holds several GGUF files (model.gguf, other.gguf); name a folder with one" in sentence

@@ -314,4 +314,37 @@ def test_the_layer_table_keeps_the_order_of_the_groups(client: TestClient, finis
     table = client.get(f"/v1/audits/{finished.id}/layers").json()
     assert list(table["layer_groups"]) == ["all", "00", "CL"]
     assert table["data"][0]["detection"]["auc_ndr"] == 1.0
+    assert table["module_cancellation"] is None
     assert "lowest score" in table["score_order"]
+
+
+def test_the_layer_table_tells_the_cancellation_of_every_module(
+    client: TestClient, engine: Engine, finished: Audit
+) -> None:
+    found = {"layer.0.query": {"l1": 3.5, "l2": 2.0}, "head": {"l1": None, "l2": None}}
+    with transaction(engine) as session:
+        audit = session.merge(finished)
+        audit.summary = {**audit.summary, "module_cancellation": found}
+    table = client.get(f"/v1/audits/{finished.id}/layers").json()
+    assert table["module_cancellation"] == found
+
+
+def test_an_audit_of_the_first_version_answers_everything(
+    client: TestClient, engine: Engine, finished: Audit
+) -> None:
+    """The summary of 0.1.0 has fewer keys: one order of the groups and no reports."""
+    known = (
+        *("ranking_id", "num_flagged", "labels", "validation_accuracy", "train_accuracy"),
+        *("num_noisy", "warnings", "files", "detection", "group_order", "layer_groups"),
+        "configurations",
+    )
+    with transaction(engine) as session:
+        audit = session.merge(finished)
+        audit.summary = {name: audit.summary[name] for name in known}
+    url = f"/v1/audits/{finished.id}"
+    table = client.get(f"{url}/layers").json()
+    assert list(table["layer_groups"]) == ["all", "00", "CL"]
+    results = client.get(url).json()["results"]
+    assert (results["num_flagged"], results["cancellation"]) == (2, None)
+    for path in ("suspects", "samples/3", "suspects.csv"):
+        assert client.get(f"{url}/{path}").status_code == 200

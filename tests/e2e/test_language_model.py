@@ -34,9 +34,9 @@ def test_prompts_with_completions_run_from_upload_to_download(
     for number, seed in ((60, 0), (12, 1)):
         table = tiny.instructions(number, seed=seed)
         path = tmp_path / f"{number}.jsonl"
-        rows = zip(table["prompt"], table["completion"], strict=True)
+        samples = zip(table["prompt"], table["completion"], strict=True)
         path.write_bytes(
-            b"".join(orjson.dumps({"prompt": p, "completion": c}) + b"\n" for p, c in rows)
+            b"".join(orjson.dumps({"prompt": p, "completion": c}) + b"\n" for p, c in samples)
         )
         references.append(service.upload(path))
     train, validation = references

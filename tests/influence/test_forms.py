@@ -24,6 +24,7 @@ from tests.influence.tiny_models import (
     tiny_classifier,
     tiny_model,
 )
+from workers.influence.contraction import FormChoice
 from workers.influence.gradients import GradientExtractor
 from workers.influence.layers import ALL_LINEAR
 from workers.influence.objectives import CausalLanguageModel
@@ -92,6 +93,27 @@ def test_layers_after_pooling_are_factored_where_that_is_smaller(device: torch.d
 
 
 @pytest.mark.parametrize(
+    ("longest", "is_pooled", "needs_dense", "form"),
+    [
+        (4, False, False, "factored"),
+        (5, False, False, "projected"),
+        (None, False, False, "projected"),
+        (4, False, True, "projected"),
+        (None, True, False, "factored"),
+        (None, True, True, "projected"),
+    ],
+)
+def test_cheap_factors_come_before_projections(
+    longest: int | None, is_pooled: bool, needs_dense: bool, form: str
+) -> None:
+    """They are exact; 16 · (64 + 32) products are fewer than 64 · 32."""
+    choice = FormChoice(Projection(dimension=8, seed=0), longest=longest, needs_dense=needs_dense)
+    assert choice.form(64, 32, is_pooled=is_pooled) == form
+    # too small for either
+    assert choice.form(8, 8, is_pooled=False) == "dense"
+
+
+@pytest.mark.parametrize(
     ("task", "family"), [("classification", "bert"), ("causal_lm", "gpt2"), ("causal_lm", "qwen3")]
 )
 def test_projected_rows_are_the_projected_gradients(
@@ -108,7 +130,6 @@ def test_projected_rows_are_the_projected_gradients(
         objective=OBJECTIVES[task],
         target_modules=[ALL_LINEAR, *norm_names(model)],
         projection=projection,
-        longest=2,
     )
     projected = [spec for spec in extractor.modules if spec.form == "projected"]
     assert len(projected) > 10

@@ -20,6 +20,7 @@ from tests.influence.tiny_models import (
     tiny_model,
 )
 from tests.oracles import engine_name, sample_loss
+from workers.influence import contraction
 from workers.influence.gradients import GradientExtractor, SampleGradients
 from workers.influence.layers import ALL_LINEAR, ModuleSpec
 from workers.influence.projection import ModuleProjection, Projection
@@ -82,8 +83,9 @@ def assert_sums_equal(
         sums = sums_by_name[name]
         assert sums.num_tokens == count
         assert sums.input_II.dtype == torch.float64
+        assert sums.input_II.device.type == sums.output_OO.device.type == "cpu"
         for actual, exact in ((sums.input_II, input_II), (sums.output_OO, output_OO)):
-            assert (actual - exact).norm() <= 1e-5 * exact.norm(), name
+            assert (actual - exact.cpu()).norm() <= 1e-5 * exact.norm(), name
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -159,3 +161,27 @@ def _projected(
         right_cK.double().T @ column_cc @ right_cK.double(),
         left_rK.double().T @ row_rr @ left_rK.double(),
     )
+
+
+@pytest.mark.parametrize("projection", [None, Projection(dimension=40, seed=1)])
+def test_a_matrix_with_a_long_side_has_no_sums(
+    monkeypatch: pytest.MonkeyPatch, projection: Projection | None, device: torch.device
+) -> None:
+    """Of 60 words, or 64 features, where at most 40 are allowed; projected to 40 they have some."""
+    monkeypatch.setattr(contraction, "MAX_SIDE", 40)
+    extractor = GradientExtractor(
+        tiny_model("causal_lm", "llama").to(device),
+        objective=OBJECTIVES["causal_lm"],
+        target_modules=[ALL_LINEAR, "lm_head"],
+        projection=projection,
+        kronecker=True,
+    )
+    batch = run(extractor, *samples_for("causal_lm", 4))
+    missing = {
+        spec.name.split(".")[-2]
+        for spec, sums in zip(extractor.modules, batch.kronecker, strict=True)
+        if sums is None
+    }
+    long = {"gate_proj", "up_proj", "down_proj", "lm_head"}
+    assert missing == (long if projection is None else set())
+    assert any(sums is not None for sums in batch.kronecker)

@@ -19,9 +19,10 @@ from transformers import (
     RobertaConfig,
 )
 
+from workers.influence.objectives import IGNORED
+
 NUM_CLASSES = 3
 VOCABULARY = 60
-IGNORED = -100
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "bert": ("query", "value"),

@@ -251,6 +251,21 @@ class TestEpochs:
         kept = json.loads(artifacts.epochs.read_text())["learning_rates"]
         assert kept == pytest.approx(expected, rel=1e-12)
 
+    def test_an_epoch_that_only_warms_up_weighs_nothing(
+        self, workplace: Workplace, models: Models
+    ) -> None:
+        """With one step an epoch, the first one's learning rate is 0; the audit goes on."""
+        audit_id = workplace.submit(
+            models.encoder,
+            **workplace.reviews(num_train=8, num_validation=4),
+            fine_tune=FINE_TUNE | {"epochs": 2, "warmup_fraction": 0.5},
+            estimators=["tracin"],
+        )
+        audit = workplace.finish(audit_id)
+        assert audit.state == "succeeded", audit.error_message
+        kept = json.loads(workplace.artifacts(audit_id).epochs.read_text())["learning_rates"]
+        assert kept == [0.0, pytest.approx(1e-2)]
+
     def test_they_are_not_kept_for_nothing(self, workplace: Workplace, models: Models) -> None:
         audit_id = workplace.submit(
             models.encoder,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from app.audits.models import Audit
 from tests.pipeline.conftest import Models
+from tests.pipeline.loops import read_influence
 from tests.pipeline.workplace import Workplace, results
 from workers.influence.gradients import GradientExtractor, SampleGradients
 
@@ -22,41 +23,108 @@ RANKINGS = [
     {"estimator": "datainf", "aggregation": "rank"},
     {"estimator": "datainf", "aggregation": "mean"},
 ]
+WITH_CURVATURE = [
+    *RANKINGS,
+    {"estimator": "gauss_newton", "aggregation": "median"},
+    {"estimator": "lissa", "aggregation": "min"},
+    {"estimator": "ekfac", "aggregation": "common_set"},
+]
+ALL_KINDS = [
+    *WITH_CURVATURE,
+    {"estimator": "tracin", "aggregation": "trimmed_mean"},
+    {"estimator": "repsim", "aggregation": "median"},
+    {"estimator": "outlier_gradient", "aggregation": "min"},
+    {"estimator": "tracin_we", "aggregation": "common_set", "layers": "WE"},
+    {"estimator": "grad_covariance", "aggregation": "vote"},
+    {"estimator": "self_influence", "aggregation": "trimmed_mean"},
+]
+EVERY_AGGREGATION = {
+    "aggregations": ["mean", "rank", "vote", "trimmed_mean", "median", "min", "common_set"]
+}
+EPOCHS: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-2, "batch_size": 16}
+
+
+def names_of(ranking: dict[str, str]) -> str:
+    return f"{ranking['estimator']}-{ranking['aggregation']}"
 
 
 @pytest.fixture
 def run(workplace: Workplace, models: Models) -> Callable[..., Audit]:
-    """Run the same audit under some settings."""
+    """Run the same audit under some settings; one that compares epochs trains first."""
     data = workplace.reviews(num_train=90)
 
-    def run(*, ranking: dict[str, str], **settings: Any) -> Audit:
+    def run(
+        *, ranking: dict[str, str], request: dict[str, Any] | None = None, **settings: Any
+    ) -> Audit:
         place = workplace.with_settings(**settings)
-        return place.succeed(place.submit(models.classifier, **data, **REQUEST, ranking=ranking))
+        request = REQUEST | (request or {})
+        model = models.classifier
+        if ranking["estimator"] == "tracin":
+            model, request = models.encoder, request | {"fine_tune": EPOCHS}
+        return place.succeed(place.submit(model, **data, **request, ranking=ranking))
 
     return run
 
 
-@pytest.mark.parametrize("ranking", RANKINGS, ids=lambda ranking: ranking["aggregation"])
+def assert_same(workplace: Workplace, one: Audit, other: Audit) -> None:
+    """Not a bit differs: of the influence, of the result files, of what was measured."""
+    estimator = one.request["ranking"]["estimator"]
+    if estimator != "self_influence":
+        num_checkpoints = EPOCHS["epochs"] if estimator == "tracin" else None
+        first, second = (
+            read_influence(workplace, audit, estimator, num_checkpoints=num_checkpoints)
+            for audit in (one, other)
+        )
+        assert torch.equal(first, second), (first - second).abs().max()
+        assert first.any()
+    assert results(one) == results(other)
+    assert one.summary["configurations"] == other.summary["configurations"]
+    assert one.summary["cancellation"] == other.summary["cancellation"]
+
+
+@pytest.mark.parametrize("ranking", ALL_KINDS, ids=names_of)
 def test_files_are_the_same_however_the_training_set_is_cut(
-    run: Callable[..., Audit], ranking: dict[str, str]
+    run: Callable[..., Audit], workplace: Workplace, ranking: dict[str, str]
 ) -> None:
-    whole = run(ranking=ranking, samples_per_shard=1000)
-    cut = run(ranking=ranking, samples_per_shard=16)
+    asked = {"ranking": ranking, "request": EVERY_AGGREGATION}
+    whole = run(**asked, samples_per_shard=1000)
+    cut = run(**asked, samples_per_shard=16)
     assert whole.provenance["num_shards"] == 1
     assert cut.provenance["num_shards"] >= 7
-    assert results(cut) == results(whole)
-    assert cut.summary["configurations"] == whole.summary["configurations"]
+    assert_same(workplace, whole, cut)
 
 
-@pytest.mark.parametrize("ranking", RANKINGS, ids=lambda ranking: ranking["aggregation"])
+@pytest.mark.parametrize("ranking", WITH_CURVATURE, ids=names_of)
+@pytest.mark.parametrize("cache_bytes", [0, 300_000])
 def test_files_are_the_same_whether_gradients_are_kept_or_computed_again(
-    run: Callable[..., Audit], ranking: dict[str, str]
+    run: Callable[..., Audit], workplace: Workplace, ranking: dict[str, str], cache_bytes: int
 ) -> None:
+    """Again for one module after the other, or for as many as there is room for."""
     kept = run(ranking=ranking)
-    again = run(ranking=ranking, max_gradient_cache_bytes=0)
+    again = run(ranking=ranking, max_gradient_cache_bytes=cache_bytes)
     assert kept.provenance["keeps_gradients"]
     assert not again.provenance["keeps_gradients"]
-    assert results(again) == results(kept)
+    num_modules = again.provenance["num_modules"]
+    num_blocks = again.provenance["num_module_blocks"]
+    assert num_blocks == num_modules if cache_bytes == 0 else 1 < num_blocks < num_modules
+    assert_same(workplace, kept, again)
+
+
+def test_files_are_the_same_for_all_estimators_at_once(
+    run: Callable[..., Audit], workplace: Workplace
+) -> None:
+    """With all that they ask of one pass, in one shard or many, gradients kept or not."""
+    request = EVERY_AGGREGATION | {
+        "estimators": [ranking["estimator"] for ranking in ALL_KINDS],
+        "fine_tune": EPOCHS,
+    }
+    asked = {"ranking": {"estimator": "tracin", "aggregation": "vote"}, "request": request}
+    whole = run(**asked, samples_per_shard=1000)
+    cut = run(**asked, samples_per_shard=16, max_gradient_cache_bytes=0)
+    assert_same(workplace, whole, cut)
+    for name in ("gauss_newton", "lissa", "ekfac", "repsim", "outlier_gradient", "tracin_we"):
+        first, second = (read_influence(workplace, audit, name) for audit in (whole, cut))
+        assert torch.equal(first, second), name
 
 
 @pytest.mark.parametrize("cache_bytes", [2**30, 0])

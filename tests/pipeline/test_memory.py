@@ -12,6 +12,7 @@ from workers.influence.errors import InsufficientMemory
 from workers.influence.layers import Form, ModuleSpec, Part
 from workers.pipeline.curvature import plan_module_blocks
 from workers.pipeline.memory import (
+    BatchLimits,
     Workload,
     activation_floats,
     in_batches,
@@ -33,9 +34,10 @@ def by_length(length_T: Tensor) -> Tensor:
 
 @given(length_T=LENGTHS, tokens=TOKENS, samples=SHARD)
 def test_every_sample_is_in_one_shard(length_T: Tensor, tokens: int, samples: int) -> None:
-    shards = plan_shards(length_T, tokens_per_batch=tokens, samples_per_shard=samples)
+    limits = BatchLimits(tokens)
+    shards = plan_shards(length_T, limits, samples_per_shard=samples)
     assert sorted(torch.cat(shards).tolist()) == list(range(len(length_T)))
-    largest_batch = max(map(len, plan_batches(length_T, tokens_per_batch=tokens)))
+    largest_batch = max(map(len, plan_batches(length_T, limits)))
     assert all(len(shard) <= max(samples, largest_batch) for shard in shards)
 
 
@@ -44,12 +46,13 @@ def test_a_samples_batch_does_not_depend_on_the_shards(
     length_T: Tensor, tokens: int, samples: int
 ) -> None:
     """The batches of all shards, cut one by one, are those of the whole set."""
-    shards = plan_shards(length_T, tokens_per_batch=tokens, samples_per_shard=samples)
+    limits = BatchLimits(tokens)
+    shards = plan_shards(length_T, limits, samples_per_shard=samples)
     found = []
     for index_T in shards:
-        batches = plan_batches(length_T[index_T], tokens_per_batch=tokens)
+        batches = plan_batches(length_T[index_T], limits)
         found += [index_T[batch].tolist() for batch in batches]
-    whole = plan_batches(length_T, tokens_per_batch=tokens)
+    whole = plan_batches(length_T, limits)
     assert found == [batch.tolist() for batch in whole]
 
 
@@ -60,11 +63,11 @@ def test_work_without_trouble_sees_the_planned_batches(length_T: Tensor, tokens:
     budget = in_batches(
         index_T,
         length_T[index_T],
-        tokens_per_batch=tokens,
+        limits=BatchLimits(tokens),
         work=lambda _, indices: seen.append(indices.tolist()),
     )
-    assert budget == tokens
-    assert seen == [batch.tolist() for batch in plan_batches(length_T, tokens_per_batch=tokens)]
+    assert budget == BatchLimits(tokens)
+    assert seen == [batch.tolist() for batch in plan_batches(length_T, BatchLimits(tokens))]
 
 
 @given(length_T=LENGTHS, tokens=TOKENS, room=st.integers(40, 400))
@@ -81,10 +84,10 @@ def test_short_memory_halves_the_batch_and_loses_nothing(
             raise torch.OutOfMemoryError("no memory")
         done.extend(indices.tolist())
 
-    budget = in_batches(index_T, length_T[index_T], tokens_per_batch=tokens, work=work)
+    budget = in_batches(index_T, length_T[index_T], limits=BatchLimits(tokens), work=work)
     assert done == index_T.tolist()
-    assert budget <= tokens
-    assert in_batches(index_T, length_T[index_T], tokens_per_batch=budget, work=work) == budget
+    assert budget.tokens <= tokens
+    assert in_batches(index_T, length_T[index_T], limits=budget, work=work) == budget
 
 
 @given(length_T=LENGTHS, tokens=TOKENS)
@@ -99,7 +102,7 @@ def test_memory_that_never_suffices_is_an_error_and_no_endless_loop(
 
     index_T = by_length(length_T)
     with pytest.raises(MemoryError):
-        in_batches(index_T, length_T[index_T], tokens_per_batch=tokens, work=work)
+        in_batches(index_T, length_T[index_T], limits=BatchLimits(tokens), work=work)
     assert sizes[-1] == 1
     assert len(sizes) <= 10
 
@@ -112,7 +115,7 @@ def test_other_errors_are_not_taken_for_a_short_memory() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        in_batches(torch.arange(8), torch.full((8,), 4), tokens_per_batch=64, work=work)
+        in_batches(torch.arange(8), torch.full((8,), 4), limits=BatchLimits(64), work=work)
     assert calls == [8]
 
 
@@ -120,7 +123,9 @@ AUDIT = Workload(
     num_validation=400,
     row_floats=40_000,
     dense_floats=40_000,
+    largest_floats=1536,
     num_curvature=1,
+    held_floats=0,
     influence_floats=3 * 26 * 400,
     activation_floats=activation_floats(hidden_size=384, num_layers=6, vocabulary=0),
     keeps_gradients=True,
@@ -154,14 +159,18 @@ def test_a_plan_fits_or_is_refused(
     plan = plan_memory(workload, free_bytes=free, **ASKED)
     assert plan.held_bytes == held
     assert 1 <= plan.samples_per_shard <= 1000
-    assert 16 <= plan.tokens_per_batch <= 4096
+    assert 16 <= plan.limits.tokens <= 4096
+    assert 1 <= plan.limits.samples <= 256
+    # a batch's own gradients, in a quarter of what is free beside what is held
+    batch = plan.limits.samples * 4 * parameters
+    assert batch <= (free - held) // 4 or plan.limits.samples == 1
     buffers = plan.samples_per_shard * 4 * (26 * validation * pairwise + parameters)
     assert buffers <= 512 * 2**20 or plan.samples_per_shard == 1
 
 
 def test_plenty_of_memory_leaves_the_settings_as_they_are() -> None:
     plan = plan_memory(AUDIT, free_bytes=2**36, **ASKED)
-    assert (plan.tokens_per_batch, plan.samples_per_shard) == (4096, 1000)
+    assert (plan.limits, plan.samples_per_shard) == (BatchLimits(4096, 256), 1000)
 
 
 def test_a_large_vocabulary_makes_smaller_batches() -> None:
@@ -173,7 +182,7 @@ def test_a_large_vocabulary_makes_smaller_batches() -> None:
     free = 4 * 2**30
     with_logits = plan_memory(reader, free_bytes=free, **ASKED)
     without = plan_memory(AUDIT, free_bytes=free, **ASKED)
-    assert with_logits.tokens_per_batch < without.tokens_per_batch
+    assert with_logits.limits.tokens < without.limits.tokens
 
 
 def test_what_a_gradient_takes_depends_on_its_form() -> None:

@@ -24,6 +24,8 @@ from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.prepare import Prepared, prepare
 from workers.pipeline.samples import SampleSet
+from workers.pipeline.tokenise import truncation_warnings
+from workers.sources import models as model_sources
 
 CPU = torch.device("cpu")
 WORDS = ["a", "b", "c", "d", "e"]
@@ -142,12 +144,13 @@ class TestCausalLanguageModels:
 
     def test_chats(self, workplace: Workplace, run: Prepare, language_model: Path) -> None:
         source = workplace.table("train", chats(9)) | {"columns": {"messages": "messages"}}
-        _, artifacts = run(
+        output, artifacts = run(
             language_model,
             task="causal_lm",
             train=source,
             validation=workplace.table("validation", prompts(4)),
         )
+        assert output.provenance["chat_date"] == "2025-01-01"
         samples = SampleSet(artifacts.train)
         assert targets(samples) == prompts(9)["completion"]
         assert samples.texts(torch.tensor([4])) == [("user: e e", "a a e")]
@@ -212,6 +215,9 @@ class TestCausalLanguageModels:
             validation=workplace.table("validation", prompts(4)),
         )
         assert output.provenance["num_truncated"] == {"train": 2, "validation": 0}
+        assert output.provenance["max_tokens"] == 24
+        (warning,) = truncation_warnings(output.provenance)
+        assert "2 training samples were cut to the 24 tokens" in warning
         assert SampleSet(artifacts.train).length_T.tolist() == [24, 24, 3]
 
     def test_without_a_validation_set(
@@ -229,8 +235,21 @@ class TestCausalLanguageModels:
         assert not artifacts.validation.exists()
 
     def test_checkpoints_are_brought_here(
-        self, workplace: Workplace, run: Prepare, language_model: Path
+        self,
+        workplace: Workplace,
+        run: Prepare,
+        language_model: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        """The base is read and hashed once, however many there are."""
+        looked_at: list[str] = []
+        original = model_sources._resolve_part
+
+        def watched(reference: Any, **options: Any) -> tuple[Path, str]:
+            looked_at.append(options["field"])
+            return original(reference, **options)
+
+        monkeypatch.setattr(model_sources, "_resolve_part", watched)
         adapters = [
             save_language_adapter(workplace.files / f"a{seed}", base=language_model, seed=seed)
             for seed in range(3)
@@ -258,6 +277,7 @@ class TestCausalLanguageModels:
         )
         assert prepared.model.adapter_path not in {None, *prepared.checkpoint_paths}
         assert len(set(output.provenance["checkpoint_revisions"])) == 2
+        assert looked_at == ["model", "adapter", "adapter", "adapter"]
 
 
 class TestClassifiers:
@@ -272,7 +292,8 @@ class TestClassifiers:
             estimators=[],
         )
         assert output.columns == {"num_train": 12, "num_validation": 0}
-        assert "num_truncated" not in output.provenance
+        assert output.provenance["num_truncated"] == {"train": 0}
+        assert "chat_date" not in output.provenance
         samples = SampleSet(artifacts.train)
         assert not samples.has_completions
         prepared = Prepared.read(artifacts.prepared)

@@ -1,6 +1,7 @@
 """Work that is interrupted anywhere and done again gives the same bytes."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.pipeline.conftest import Models
 from tests.pipeline.tiny import bert_config
 from tests.pipeline.workplace import Workplace, results
 from workers.lease import Draining, Hold
+from workers.pipeline import runtime
 from workers.pipeline.checkpoint import Position, load_checkpoint, save_checkpoint, trainable
 
 FINE_TUNE = {"epochs": 3, "learning_rate": 1e-2, "batch_size": 8, "dropout": 0.2}
@@ -36,16 +38,17 @@ def submit(workplace: Workplace, models: Models) -> Callable[[], str]:
         **data,
         fine_tune=FINE_TUNE,
         plant_noise={"fraction": 0.2},
-        estimators=["grad_dot", "datainf"],
+        estimators=["grad_dot", "tracin", "gauss_newton", "ekfac", "outlier_gradient", "repsim"],
+        aggregations=["mean", "rank", "vote", "common_set"],
         ranking={"estimator": "datainf"},
     )
 
 
 @contextmanager
 def interrupted(monkeypatch: pytest.MonkeyPatch, *, tick: int) -> Iterator[None]:
-    """Let the worker be stopped at one of its ticks, counted from 1."""
+    """Let the worker be stopped at one of its ticks, counted from 1, and another one go on."""
     count = 0
-    original = Hold.tick
+    original = Hold._report
 
     def counting(self: Hold, done: int, total: int) -> None:
         nonlocal count
@@ -55,8 +58,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, *, tick: int) -> Iterator[None]
         original(self, done, total)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Hold, "tick", counting)
+        patch.setattr(Hold, "_report", counting)
         yield
+    runtime._loaded.clear()  # the next worker is another process
 
 
 def adapter_bytes(workplace: Workplace, audit_id: str) -> dict[str, str]:
@@ -110,10 +114,48 @@ def test_fine_tuning_that_is_stopped_again_and_again_ends(
     assert results(workplace.succeed(audit_id)) == expected
 
 
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_an_audit_that_is_stopped_again_and_again_in_every_stage_gives_the_same_files(
+    workplace: Workplace,
+    submit: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    cache_bytes: int,
+) -> None:
+    """A unit is stopped soon after it began, with the next worker a little later, and so on."""
+
+    def tick(stage: Stage, number: int) -> int:
+        return {Stage.CHECKPOINTS: number, Stage.CURVATURE: 3 * number}.get(stage, 1 << number - 1)
+
+    place = workplace.with_settings(max_gradient_cache_bytes=cache_bytes)
+    expected = place.succeed(submit())
+    audit_id = submit()
+    workers: Counter[str] = Counter()
+    stops: Counter[Stage] = Counter()
+    while claim := place.claim(audit_id):
+        workers[claim.unit_id] += 1
+        with interrupted(monkeypatch, tick=tick(claim.stage, workers[claim.unit_id])):
+            place.execute(claim)
+        stops[claim.stage] += place.unit(claim).state != "done"
+    assert set(stops) == set(Stage)
+    assert stops[Stage.CHECKPOINTS] >= 3 * 2 * 2, "epochs, shards, batches"
+    num_modules = expected.provenance["num_modules"]
+    assert stops[Stage.CURVATURE] >= num_modules, "in the middle of every module"
+    assert min(stops.values()) > 0, stops
+    audit = place.audit(audit_id)
+    assert audit.provenance["keeps_gradients"] == (cache_bytes > 0)
+    assert audit.provenance["num_module_blocks"] == (2 if cache_bytes else num_modules)
+    check_same(place, audit, expected)
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
 def test_every_unit_may_be_done_twice(
-    workplace: Workplace, submit: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+    workplace: Workplace,
+    submit: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    cache_bytes: int,
 ) -> None:
     """Each first attempt writes its files and dies before the commit."""
+    workplace = workplace.with_settings(max_gradient_cache_bytes=cache_bytes)
     expected = workplace.succeed(submit())
     complete = work.complete
 
@@ -154,6 +196,7 @@ def check_same(workplace: Workplace, audit: Audit, expected: Audit) -> None:
     assert audit.state == "succeeded", audit.error_message
     assert results(audit) == results(expected)
     assert audit.summary["configurations"] == expected.summary["configurations"]
+    assert audit.summary["cancellation"] == expected.summary["cancellation"]
     with transaction(workplace.engine) as session:
         assert session.query(Ranking).where(Ranking.audit_id == audit.id).count() == 1
     assert len(workplace.training_rows(audit.id)) == audit.num_train

@@ -1,6 +1,7 @@
 """Prompts, completions and chats as tokens: where the completion begins, and what is cut."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import CanineTokenizer, PreTrainedTokenizerFast
 
 from app.datasets.columns import ColumnNames
 from workers.pipeline.failures import AuditRefused
@@ -21,6 +22,7 @@ from workers.pipeline.tokenise import (
     RowTokeniser,
     TokenisedRows,
     cut,
+    truncation_warnings,
 )
 
 VOCABULARY = ["<pad>", "<unk>", "<s>", "</s>", "<user>", "<assistant>", "a", "b", "c", "d", "e"]
@@ -174,6 +176,26 @@ class TestChats:
         assert tokens.input_ids == [[C, EOS, ASSISTANT, D, EOS]]
         assert (tokens.completion_start, tokens.num_truncated) == ([3], 1)
 
+    @pytest.mark.parametrize(
+        "dated",
+        [
+            "{{ '<s> ' if strftime_now('%d %b %Y') == '01 Jan 2025' else 'e ' }}",
+            "{{ '<s> ' if strftime_now('%Y-%m-%d') == '2025-01-01' else 'e ' }}",
+            # as Llama 3.2 does
+            "{{ '<s> ' if date_string == '01 Jan 2025' else 'e ' }}",
+        ],
+    )
+    def test_the_tokens_do_not_depend_on_the_day(self, dated: str) -> None:
+        tokenizer = make_tokenizer(post="<s> $A", template=dated + TEMPLATE)
+        tokens = tokenise(Chats, tokenizer, chat("a", "b"))
+        assert tokens.input_ids == [[BOS, USER, A, EOS, ASSISTANT, B, EOS]]
+        today = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}],
+            tokenize=False,
+            chat_template="{{ strftime_now('%Y') }}",
+        )
+        assert today == str(datetime.now(UTC).year), "elsewhere it is the day that it is"
+
     @pytest.mark.parametrize("template", [None, {"tool_use": TEMPLATE}])
     def test_a_tokenizer_without_a_template_is_refused(self, template: Any) -> None:
         with pytest.raises(AuditRefused, match="no chat template") as caught:
@@ -205,11 +227,34 @@ class TestChats:
 class TestLabelledTexts:
     def test_they_have_no_completions(self) -> None:
         tokens = tokenise(
-            LabelledTexts, make_tokenizer(), ("a b c", None), ("d", None), max_tokens=2
+            LabelledTexts,
+            make_tokenizer(),
+            ("a b c", None),
+            ("d", None),
+            ("b c", None),
+            max_tokens=2,
         )
-        assert tokens.input_ids == [[A, B], [D]]
+        assert tokens.input_ids == [[A, B], [D], [B, C]]
+        assert tokens.num_truncated == 1
         assert tokens.completion_start is None
         assert tokens.token_type_ids is None
+
+    def test_a_tokenizer_in_plain_python(self) -> None:
+        """It keeps nothing of what it cut off."""
+        tokenizer: Any = CanineTokenizer()
+        tokens = tokenise(LabelledTexts, tokenizer, ("a" * 9, None), ("b" * 8, None), max_tokens=10)
+        assert [len(row) for row in tokens.input_ids] == [10, 10]
+        assert tokens.num_truncated == 1
+
+
+def test_what_was_cut_is_told() -> None:
+    provenance = {"max_tokens": 2048, "num_truncated": {"train": 1234, "validation": 1}}
+    train, validation = truncation_warnings(provenance)
+    assert train.startswith("1,234 training samples were cut to the 2,048 tokens")
+    assert validation.startswith("1 validation sample was cut")
+    assert "Raise max_tokens" in train
+    assert truncation_warnings({"max_tokens": 8, "num_truncated": {"train": 0}}) == []
+    assert truncation_warnings({"engine_version": "0.1.0"}) == []
 
 
 @settings(deadline=None)

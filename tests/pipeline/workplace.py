@@ -55,13 +55,18 @@ class Workplace:
         *,
         adapter: Path | None = None,
         target_modules: list[str] | None = None,
+        source: dict[str, Any] | None = None,
         **request: Any,
     ) -> str:
-        """Store an audit as the API does and return its id."""
+        """Store an audit as the API does and return its id.
+
+        `source` is what else the request says of the model.
+        """
         source = {
             "reference": f"file://{model}",
             "adapter": f"file://{adapter}" if adapter else None,
             "target_modules": target_modules,
+            **(source or {}),
         }
         body = AuditRequest.model_validate(
             {"flag": {"fraction": 0.2}, "max_tokens": 64, **request, "model": source}

@@ -235,7 +235,47 @@ class TestRefused:
         write_gguf(folder / "tiny.Q8_0.gguf", model)
         error = self.refusal(resolve, folder)
         assert error.code == "unsupported_model"
-        assert "num_hidden_layers" in error.message
+        assert "llama.block_count=1000000; at most 1,000" in error.message
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("llama.block_count", struct.pack("<II", 4, 2**32 - 1)),
+            ("llama.block_count", struct.pack("<IQ", 10, LARGE)),
+            # a list of one number is read as that number
+            ("llama.block_count", struct.pack("<IIQI", 9, 4, 1, 2**32 - 1)),
+            ("qwen2moe.expert_count", struct.pack("<II", 4, 2**32 - 1)),
+            ("llama.vocab_size", struct.pack("<II", 4, 2**31)),
+            ("llama.attention.head_count_kv", struct.pack("<IIQ3q", 9, 11, 3, 1, LARGE, 1)),
+        ],
+    )
+    def test_sizes_are_checked_before_anything_is_built(
+        self,
+        resolve: Resolve,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
+        value: bytes,
+    ) -> None:
+        """A list of four milliards of layers would take the worker's memory."""
+        monkeypatch.setattr(conversion, "AutoConfig", None)
+        folder = tmp_path / "models" / "hostile"
+        folder.mkdir(parents=True)
+        (folder / "model.gguf").write_bytes(header(key(name) + value) + b"\0" * 64)
+        error = self.refusal(resolve, folder)
+        assert error.code == "unsupported_model"
+        assert f"model.gguf has {name}=" in error.message
+        assert "at most" in error.message
+
+    def test_a_disk_without_room(
+        self, resolve: Resolve, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nothing is written before it is known to fit."""
+        usage = shutil.disk_usage(folder)._replace(free=10_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        error = self.refusal(resolve, folder)
+        assert (error.code, error.transient) == ("storage_full", True)
+        assert "10,000 free" in error.message
 
     def test_a_file_that_changes_while_it_is_read(
         self, resolve: Resolve, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -249,6 +289,29 @@ class TestRefused:
 
         monkeypatch.setattr(conversion, "_write_tokenizer", touch)
         assert self.refusal(resolve, folder).code == "changed_file"
+
+
+@pytest.mark.parametrize("value", [struct.pack("<II", 4, 2**32 - 1), struct.pack("<IIQ", 9, 4, 0)])
+@pytest.mark.parametrize("name", ["general.version", "tokenizer.ggml.padding_token_id"])
+def test_numbers_that_are_no_sizes_may_be_large(tmp_path: Path, name: str, value: bytes) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header(key(name) + value))
+    assert conversion.check_gguf(path) == 0
+
+
+def test_weights_that_begin_at_the_same_place_are_tied_only_if_they_are_alike() -> None:
+    whole = torch.arange(12.0).view(4, 3)
+    model = torch.nn.Module()
+    for name, tensor in {"a": whole, "b": whole, "c": whole[:2], "d": whole.view(3, 4).T}.items():
+        model.register_buffer(name, tensor)
+    for name in ("e", "f"):
+        model.register_buffer(name, torch.empty(0))
+    own = conversion._own_tensors(model)
+    assert list(own) == ["a", "c", "d", "e", "f"]
+    assert torch.equal(own["c"], whole[:2])
+    assert torch.equal(own["d"], whole.view(3, 4).T)
+    assert len({tensor.data_ptr() for tensor in own.values() if tensor.numel()}) == 3
+    assert all(tensor.is_contiguous() for tensor in own.values())
 
 
 def test_the_real_one(tmp_path: Path) -> None:

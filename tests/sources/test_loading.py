@@ -8,13 +8,18 @@ import torch
 from peft import PeftModel
 from transformers import (
     BertForSequenceClassification,
+    BltConfig,
+    CanineConfig,
+    Gemma3Config,
+    Gemma3ForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
 )
 
-from tests.sources.conftest import Resolve, edit_json, write_tokenizer
+from tests.sources.conftest import WORDS, Resolve, edit_json, write_tokenizer
 from workers.sources.errors import SourceError
-from workers.sources.loading import load_model, match_labels
+from workers.sources.libraries import Task, check_text_config
+from workers.sources.loading import load_model, longest_input, match_labels
 
 
 def logits(model: Any, tokenizer: Any) -> torch.Tensor:
@@ -196,6 +201,58 @@ class TestRefusedAdapters:
         with pytest.raises(SourceError, match=message) as caught:
             load_model(resolve(encoder_folder, adapter_folder), labels=[0, 1, 2])
         assert caught.value.field == "adapter"
+
+
+class TestNestedConfigs:
+    """Models of text and pictures keep the sizes of their text model one level down."""
+
+    @pytest.fixture
+    def gemma(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "models" / "gemma"
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        text = sizes | {
+            "vocab_size": len(WORDS),
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "max_position_embeddings": 32,
+        }
+        vision = sizes | {"image_size": 4, "patch_size": 2}
+        config = Gemma3Config(
+            text_config=text, vision_config=vision, num_labels=2, mm_tokens_per_image=4
+        )
+        torch.manual_seed(0)
+        Gemma3ForSequenceClassification(config).save_pretrained(folder)
+        write_tokenizer(folder)
+        return folder
+
+    def test_the_text_model_is_found(self, resolve: Resolve, gemma: Path) -> None:
+        resolved = resolve(gemma)
+        assert longest_input(resolved) == 32
+        model: Any = load_model(resolved, labels=[0, 1]).model
+        assert model.config.get_text_config().pad_token_id == 0
+        ids_BS = torch.tensor([[2, 5, 7, 3], [2, 6, 0, 0]])
+        mask_BS = ids_BS.ne(0).long()
+        with torch.no_grad():
+            padded_BC = model(input_ids=ids_BS, attention_mask=mask_BS).logits
+            alone_BC = model(input_ids=ids_BS[1:, :2], attention_mask=mask_BS[1:, :2]).logits
+        torch.testing.assert_close(padded_BC[1:], alone_BC)
+
+    @pytest.mark.parametrize("task", ["classification", "causal_lm"])
+    def test_one_that_does_not_say_its_size_is_refused(self, task: Task) -> None:
+        with pytest.raises(SourceError, match="blt models cannot be audited") as caught:
+            check_text_config(BltConfig(), task)
+        assert caught.value.code == "unsupported_model"
+        assert "does not say hidden_size, num_hidden_layers" in caught.value.message
+
+    def test_only_language_models_must_say_their_vocabulary(self) -> None:
+        check_text_config(CanineConfig(), "classification")
+        with pytest.raises(SourceError, match="does not say vocab_size"):
+            check_text_config(CanineConfig(), "causal_lm")
 
 
 def test_wrong_number_of_labels(resolve: Resolve, classifier_folder: Path) -> None:

@@ -198,6 +198,7 @@ class TestRefusedFolders:
             ({"quantization_config": {"quant_method": "gptq"}}, "dequantized"),
             ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
             ({"vocab_size": 2**40}, "vocab_size"),
+            ({"text_config": {"num_local_experts": 10**6}}, "num_local_experts"),
         ],
     )
     def test_a_config_that_is_not_taken(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from workers.influence.objectives import IGNORED
 
 
 def token_budget_batches(length_T: Tensor, *, max_tokens: int, max_samples: int) -> list[Tensor]:
@@ -83,14 +83,14 @@ def completion_labels(
         device: where the labels go.
 
     Returns:
-        label_BS: int64, the token itself in the completion and IGNORED_LABEL in the prompt and in
+        label_BS: int64, the token itself in the completion and IGNORED in the prompt and in
         the padding. Not shifted: position s is predicted from the positions before it.
     """
     rows = [
-        [IGNORED_LABEL] * start + list(row[start:])
+        [IGNORED] * start + list(row[start:])
         for row, start in zip(token_ids, completion_starts, strict=True)
     ]
-    return _pad(rows, value=IGNORED_LABEL).to(device)
+    return _pad(rows, value=IGNORED).to(device)
 
 
 def _pad(rows: Sequence[Sequence[int]], *, value: int) -> Tensor:

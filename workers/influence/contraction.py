@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.influence.capture import Use
-from workers.influence.kronecker import KroneckerSums
+from workers.influence.kronecker import MAX_SIDE, KroneckerSums
 from workers.influence.layers import Form, ModuleSpec, Part
 from workers.influence.module_kinds import (
     Embedding,
@@ -39,8 +39,10 @@ product is faster than two."""
 class FormChoice:
     """What decides the form in which a weight matrix's gradients are kept.
 
+    Factors come first: where they are cheap, they are exact.
+
     Attributes:
-        projection: how far big matrices are projected; None keeps all gradients exact.
+        projection: how far the other big matrices are projected; None keeps all gradients exact.
         longest: most tokens of a sample; None if unknown.
         needs_dense: rows will be wanted written out.
         prefers_small: factors are kept where they are smaller than the matrix, not only where
@@ -55,13 +57,17 @@ class FormChoice:
     def form(self, num_rows: int, num_columns: int, *, is_pooled: bool) -> Form:
         """Choose for a matrix; `is_pooled` says that its layer sees one position of a sample."""
         num_entries = num_rows * num_columns
+        length = _POOLED_LENGTH if is_pooled else self.longest
+        power = 1 if self.prefers_small and not is_pooled else 2
+        if (
+            not self.needs_dense
+            and length is not None
+            and length**power * (num_rows + num_columns) <= num_entries
+        ):
+            return "factored"
         if self.projection is not None and num_entries > self.projection.dimension**2:
             return "projected"
-        length = _POOLED_LENGTH if is_pooled else self.longest
-        if self.needs_dense or length is None:
-            return "dense"
-        power = 1 if self.prefers_small and not is_pooled else 2
-        return "factored" if length**power * (num_rows + num_columns) <= num_entries else "dense"
+        return "dense"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +124,8 @@ class TrackedModule:
     ) -> list[tuple[GradientRows, KroneckerSums | None]]:
         """Return rows, and for matrices the sums over tokens if wanted, of every tensor.
 
-        Several uses add up. A module that the pass did not use has gradient zero.
+        A matrix with a side beyond `MAX_SIDE` has no sums. Several uses add up. A module that the
+        pass did not use has gradient zero.
         """
         terms = [self.kind.terms(use) for use in uses]
         masks = [use.mask_BS1 for use in uses]
@@ -127,8 +134,8 @@ class TrackedModule:
             parts = [_project(term[index], projection) for term in terms]
             rows = _rows(spec, parts) if parts else self._zero_rows(spec, batch_size)
             sums = None
-            if kronecker and len(spec.shape) == 2 and spec.form != "sparse":  # noqa: PLR2004
-                sums = _kronecker(parts, masks) if parts else self._zero_sums(spec)
+            if kronecker and _has_sums(spec):
+                sums = _kronecker(parts, masks) if parts else KroneckerSums.zeros(*spec.shape)
             result.append((rows, sums))
         return result
 
@@ -150,12 +157,6 @@ class TrackedModule:
             gradient_B1H = zeros_B1[..., None].expand(-1, -1, width)
             return sparse_rows(ids_B1, gradient_B1H, ids_B1, vocabulary=vocabulary)
         return DenseRows(zeros_B1.expand(-1, spec.num_parameters))
-
-    def _zero_sums(self, spec: ModuleSpec) -> KroneckerSums:
-        output, inputs = (
-            torch.zeros(size, size, dtype=torch.float64, device=self._device) for size in spec.shape
-        )
-        return KroneckerSums(inputs, output, 0)
 
 
 def _project(term: Term, projection: ModuleProjection | None) -> Term:
@@ -188,6 +189,11 @@ def _rows(spec: ModuleSpec, parts: Sequence[Term]) -> GradientRows:
     return DenseRows(total_Bd)
 
 
+def _has_sums(spec: ModuleSpec) -> bool:
+    is_matrix = len(spec.shape) == 2 and spec.form != "sparse"  # noqa: PLR2004
+    return is_matrix and max(spec.shape) <= MAX_SIDE
+
+
 def _kronecker(parts: Sequence[Term], masks: Sequence[Tensor]) -> KroneckerSums | None:
     total: KroneckerSums | None = None
     for part, mask_BS1 in zip(parts, masks, strict=True):
@@ -198,7 +204,7 @@ def _kronecker(parts: Sequence[Term], masks: Sequence[Tensor]) -> KroneckerSums 
         sums = KroneckerSums.of_tokens(
             column_BSc.flatten(0, 1), row_BSr.flatten(0, 1), num_tokens=int(mask_BS1.sum())
         )
-        total = sums if total is None else total + sums
+        total = sums if total is None else total.add_(sums)
     return total
 
 

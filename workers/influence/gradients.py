@@ -44,7 +44,8 @@ class SampleGradients:
         hidden_LBH: float32, the output of every block at the sample's reading position; None unless
             asked for.
         kronecker: by module, the sums over the batch's tokens without those of samples that are not
-            finite; None for what is no matrix, and everywhere unless asked for.
+            finite, on the CPU; None for what is no matrix or has a side beyond `MAX_SIDE`, and
+            everywhere unless asked for.
     """
 
     gradients: tuple[GradientRows, ...]
@@ -79,7 +80,8 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         dtype: what the merged model computes in; None leaves it as it is. Merging is done before
             the cast, so load the model in float32 to keep small adapter updates. Gradients are
             contracted and returned in float32 whatever it is.
-        projection: how big weight matrices are projected; None keeps everything exact.
+        projection: how big weight matrices are projected where factors are no cheaper; None keeps
+            everything exact.
         longest: tokens of the longest sample of the audit; lets big matrices be kept as factors
             where that makes dot products cheaper.
         needs_dense: rows will be wanted written out, so that nothing is kept as factors.
@@ -294,9 +296,7 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
                 kronecker = tuple(
                     None
                     if sums is None
-                    else KroneckerSums(
-                        torch.zeros_like(sums.input_II), torch.zeros_like(sums.output_OO), 0
-                    )
+                    else KroneckerSums.zeros(len(sums.output_OO), len(sums.input_II))
                     for sums in kronecker
                 )
         hidden_LBH = result.hidden_LBH

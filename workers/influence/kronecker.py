@@ -10,8 +10,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
+MAX_SIDE = 8192
+"""Longest side of a weight matrix whose sums are made.
 
-@dataclass(frozen=True, eq=False, slots=True)
+A longer one, such as the vocabulary of a language model, would take gigabytes, and its
+eigenvectors hours.
+"""
+
+
+@dataclass(eq=False, slots=True)
 class KroneckerSums:
     """Sums over tokens for one weight matrix [O, I]; sums of parts of the data add up.
 
@@ -27,7 +34,9 @@ class KroneckerSums:
 
     @classmethod
     def of_tokens(cls, x_RI: Tensor, g_RO: Tensor, *, num_tokens: int) -> Self:
-        """Sum over the tokens of a batch.
+        """Sum over the tokens of a batch, in float32 on their device.
+
+        The sums are on the CPU: those of all modules together may be larger than the device.
 
         Args:
             x_RI: inputs; zero at padding, where there is any.
@@ -35,7 +44,26 @@ class KroneckerSums:
             num_tokens: rows that are no padding.
         """
         x_RI, g_RO = x_RI.float(), g_RO.float()
-        return cls((x_RI.T @ x_RI).double(), (g_RO.T @ g_RO).double(), num_tokens)
+        # one after the other, so that neither float64 nor both at once are on the device
+        input_II = (x_RI.T @ x_RI).cpu().double()
+        output_OO = (g_RO.T @ g_RO).cpu().double()
+        return cls(input_II, output_OO, num_tokens)
+
+    @classmethod
+    def zeros(cls, num_outputs: int, num_inputs: int) -> Self:
+        """Return the sums over no tokens for a matrix [O, I], on the CPU."""
+        return cls(
+            torch.zeros(num_inputs, num_inputs, dtype=torch.float64),
+            torch.zeros(num_outputs, num_outputs, dtype=torch.float64),
+            0,
+        )
+
+    def add_(self, other: Self) -> Self:
+        """Add sums to these, in place; they stay where they are."""
+        self.input_II += other.input_II.to(self.input_II.device)
+        self.output_OO += other.output_OO.to(self.output_OO.device)
+        self.num_tokens += other.num_tokens
+        return self
 
     def __add__(self, other: Self) -> Self:
         return type(self)(

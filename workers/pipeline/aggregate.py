@@ -13,15 +13,17 @@ from workers.influence.aggregation import lower_half
 from workers.influence.layer_groups import UnknownLayers
 from workers.pipeline.artifacts import read_tensors
 from workers.pipeline.cancelling import describe_cancellation
+from workers.pipeline.checkpoints import finite_at_checkpoints
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import estimators_of
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.layout import ModelLayout
-from workers.pipeline.non_finite import check_share, no_samples, warn_of
+from workers.pipeline.non_finite import check_share, name_rows, no_samples, warn_of
 from workers.pipeline.prepare import Prepared
 from workers.pipeline.publish import RankedSet, copy_rows, write_files
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.scores import Scorer, ValidationChoice, detection
+from workers.pipeline.tokenise import truncation_warnings
 from workers.pipeline.training_facts import TrainingFacts
 
 
@@ -44,7 +46,7 @@ def aggregate(context: StageContext) -> StageOutput:
         num_checkpoints=context.provenance.get("num_checkpoints", 0),
         is_noisy_T=train.is_noisy_T,
         seed=request.seed,
-        tick=context.hold.tick,
+        tick=context.hold.step,
     )
     estimators = estimators_of(context)
     (ranking_estimator,) = (item for item in estimators if item.name == ranking.estimator)
@@ -65,6 +67,7 @@ def aggregate(context: StageContext) -> StageOutput:
     )
     context.hold.keep_alive()
     files = write_files(ranked, artifacts.results)
+    context.hold.keep_alive()  # who lost the lease leaves the files to the heir
     artifacts.remove_scratch()
     ranking_id = new_id("rnk")
     audit_id, tenant = context.claim.audit_id, context.tenant
@@ -111,6 +114,8 @@ def aggregate(context: StageContext) -> StageOutput:
                     *scored.warnings,
                     *warn_of(facts.is_finite_T, name="training"),
                     *warn_of(is_finite_V, name="validation"),
+                    *_warn_of_checkpoints(context, facts),
+                    *truncation_warnings(context.provenance),
                     *(preflight or {}).get("warnings", ()),
                 ],
                 "files": files,
@@ -125,6 +130,29 @@ def aggregate(context: StageContext) -> StageOutput:
         },
         write=write,
     )
+
+
+def _warn_of_checkpoints(context: StageContext, facts: TrainingFacts) -> list[str]:
+    """Return a warning about samples that are finite now but were not at an earlier checkpoint.
+
+    Raises:
+        AuditRefused: they are too many.
+    """
+    num_checkpoints = context.provenance.get("num_checkpoints", 0)
+    if not num_checkpoints:
+        return []
+    is_finite_T = finite_at_checkpoints(
+        context.artifacts,
+        num_checkpoints=num_checkpoints,
+        num_shards=context.provenance["num_shards"],
+        num_train=len(facts),
+    )
+    is_finite_T |= ~facts.is_finite_T
+    check_share(context, is_finite_T, name="training")
+    if bool(is_finite_T.all()):
+        return []
+    rows = name_rows(is_finite_T)
+    return [f"At an earlier checkpoint the gradients of rows {rows} are not finite: not in tracin."]
 
 
 def choose_validation(samples: SampleSet | None, facts: Mapping[str, Tensor]) -> ValidationChoice:

@@ -13,15 +13,19 @@ from workers.influence.evaluation import spearman
 from workers.influence.gradients import GradientExtractor
 from workers.influence.rows import GradientRows
 from workers.pipeline.context import StageContext
+from workers.pipeline.memory import FLOAT32, row_floats
 from workers.pipeline.runtime import Runtime
 from workers.pipeline.samples import SampleSet
 
-NUM_VALIDATION, NUM_TRAIN = 16, 64
+NUM_QUERIES, NUM_TRAIN = 16, 64
 SAMPLES_PER_BATCH = 8
+MAX_HELD_BYTES = 1024**3
 
 
 def compare_projection(context: StageContext, runtime: Runtime) -> dict[str, Any] | None:
     """Return the Spearman correlation of projected and exact dot products over pairs.
+
+    Of validation and training samples; without a validation set of training samples alone.
 
     Returns:
         `spearman` of the sums over all modules, `by_group` of the sums over each layer group,
@@ -29,10 +33,17 @@ def compare_projection(context: StageContext, runtime: Runtime) -> dict[str, Any
     """
     wanted = context.request.model.projection
     projected_specs = [spec for spec in runtime.extractor.modules if spec.form == "projected"]
-    if wanted is None or not projected_specs or runtime.validation is None:
+    if wanted is None or not projected_specs:
         return None
-    projected = _dot_products(context, runtime, runtime.extractor)
-    true = _dot_products(context, runtime, runtime.extractor.exact())
+    exact = runtime.extractor.exact()
+    longest = int(runtime.train.length_T.max())
+    row_bytes = FLOAT32 * sum(row_floats(spec, num_tokens=longest) for spec in exact.modules)
+    # exact rows are what projection was asked to avoid: few at a time, whatever the model
+    most = max(2, MAX_HELD_BYTES // max(1, row_bytes))
+    projected, true = (
+        _dot_products(context, runtime, extractor, most=most)
+        for extractor in (runtime.extractor, exact)
+    )
     by_group = {
         name: _correlate(projected, true, members)
         for name, members in runtime.extractor.groups.items()
@@ -60,20 +71,22 @@ def _spread(samples: SampleSet, number: int) -> Tensor:
 
 
 def _dot_products(
-    context: StageContext, runtime: Runtime, extractor: GradientExtractor
+    context: StageContext, runtime: Runtime, extractor: GradientExtractor, *, most: int
 ) -> list[Tensor]:
     """Return the dot products [V, T] of the pairs, float64, by module.
 
-    Only the rows of the validation samples are held, and of one batch of training samples.
+    Only the rows of the queries are held, and of one batch of training samples: `most` of each.
     """
-    validation_index_V = _spread(runtime.trusted, NUM_VALIDATION)
-    held = [*_rows(context, runtime, extractor, runtime.trusted, validation_index_V)]
-    validation = [GradientRows.concatenate(parts) for parts in zip(*held, strict=True)]
+    queries = runtime.validation or runtime.train
+    index_V = _spread(queries, min(NUM_QUERIES, most))
+    size = min(SAMPLES_PER_BATCH, most)
+    held = [*_rows(context, runtime, extractor, queries, index_V.split(size))]
+    query_rows = [GradientRows.concatenate(parts) for parts in zip(*held, strict=True)]
     del held
-    train_index_T = _spread(runtime.train, NUM_TRAIN)
+    batches = _spread(runtime.train, NUM_TRAIN).split(size)
     parts = [
-        [one.dot(other).double().cpu() for one, other in zip(validation, rows, strict=True)]
-        for rows in _rows(context, runtime, extractor, runtime.train, train_index_T)
+        [one.dot(other).double().cpu() for one, other in zip(query_rows, rows, strict=True)]
+        for rows in _rows(context, runtime, extractor, runtime.train, batches)
     ]
     return [torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)]
 
@@ -83,10 +96,10 @@ def _rows(
     runtime: Runtime,
     extractor: GradientExtractor,
     samples: SampleSet,
-    index_N: Tensor,
+    batches: Sequence[Tensor],
 ) -> Iterator[tuple[GradientRows, ...]]:
-    """Yield the gradients of all modules, some samples at a time."""
-    for indices in index_N.split(SAMPLES_PER_BATCH):
+    """Yield the gradients of all modules, batch by batch."""
+    for indices in batches:
         context.hold.keep_alive()
         inputs, targets = samples.batch(
             indices, pad_id=runtime.prepared.pad_id, device=runtime.device

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from workers.influence.estimators.tracin import TracIn
-from workers.pipeline.artifacts import read_json, write_tensors
+from workers.pipeline.artifacts import Artifacts, TensorFile, read_json, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
-from workers.pipeline.gradients import dense_modules
 from workers.pipeline.memory import in_batches
+from workers.pipeline.non_finite import check_share
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.validation_rows import collect_validation, write_rows
 
@@ -40,28 +40,40 @@ def compute_checkpoint(context: StageContext) -> StageOutput:
         _write_validation(context, runtime, checkpoint)
     validation = runtime.validation_rows(path)
     weight = estimator.weights(learning_rates(context))[checkpoint]
-    modules = dense_modules(runtime)
+    modules = runtime.dense_modules
     index_T = runtime.shard(context, shard)
     influence_MVT = torch.zeros(len(modules), len(runtime.trusted), len(index_T))
+    is_finite_T = torch.ones(len(index_T), dtype=torch.bool)
 
     def work(positions: slice, indices: Tensor) -> None:
         context.hold.tick(positions.start, len(index_T))
         sample = runtime.extract(runtime.train, indices)
+        is_finite_T[positions] = sample.is_finite_B.cpu()
         for module in modules:
             dot_VB = validation[module].dot(sample.gradients[module])
             influence_MVT[module, :, positions] = (weight * dot_VB).cpu()
 
-    runtime.tokens_per_batch = in_batches(
-        index_T,
-        runtime.train.length_T[index_T],
-        tokens_per_batch=runtime.tokens_per_batch,
-        work=work,
+    runtime.limits = in_batches(
+        index_T, runtime.train.length_T[index_T], limits=runtime.limits, work=work
     )
-    write_tensors(target, {"influence": influence_MVT})
+    write_tensors(target, {"influence": influence_MVT, "index": index_T, "is_finite": is_finite_T})
     return StageOutput()
+
+
+def finite_at_checkpoints(
+    artifacts: Artifacts, *, num_checkpoints: int, num_shards: int, num_train: int
+) -> Tensor:
+    """Return which training samples have finite gradients at every checkpoint, bool [T]."""
+    is_finite_T = torch.ones(num_train, dtype=torch.bool)
+    for checkpoint in range(num_checkpoints):
+        for shard in range(num_shards):
+            file = TensorFile(artifacts.influence(TracIn.name, shard, checkpoint))
+            is_finite_T[file.rows("index")] &= file.rows("is_finite")
+    return is_finite_T
 
 
 def _write_validation(context: StageContext, runtime: Runtime, checkpoint: int) -> None:
     """Take the validation gradients at a checkpoint; two workers at once write the same bytes."""
     collected = collect_validation(context, runtime)
+    check_share(context, collected.facts.tensors()["is_finite"], name="validation")
     write_rows(context.artifacts.validation_gradients(checkpoint), collected.rows)

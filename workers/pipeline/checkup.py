@@ -14,8 +14,8 @@ from workers.pipeline.samples import SampleSet
 
 NUM_SAMPLES = 4
 # relative to the length of a sample's gradient; rounding alone gives some 1e-6 in float32
-WARN_ABOVE = {"float32": 1e-4, "bfloat16": 0.2, "float16": 0.05}
-REFUSE_ABOVE = {"float32": 1e-2, "bfloat16": 1.0, "float16": 0.5}
+WARN_ABOVE = {"float32": 1e-4, "bfloat16": 0.02, "float16": 0.005}
+REFUSE_ABOVE = {"float32": 1e-2, "bfloat16": 0.25, "float16": 0.1}
 MAX_NAMED = 5
 
 
@@ -82,14 +82,19 @@ def _warnings(context: StageContext, report: PreflightReport) -> list[str]:
         warnings.append(
             f"A sample's gradient changes by {report.max_gradient_error:.1e} of its length when "
             f"its batch is padded (loss: {report.max_loss_error:.1e}); rankings may depend on the "
-            "batches a little."
-            + (" precision float32 avoids it." if precision != "float32" else "")
+            "batches a little. "
+            + (
+                "Set precision to float32 to avoid it."
+                if precision != "float32"
+                else "A smaller max_tokens leaves less to be padded."
+            )
         )
     if report.zero_modules:
         named = ", ".join(report.zero_modules[:MAX_NAMED])
         more = len(report.zero_modules) - MAX_NAMED
         warnings.append(
             f"{len(report.zero_modules)} modules have no gradient on a few samples and tell "
-            f"nothing: {named}{f' and {more} more' if more > 0 else ''}."
+            f"nothing: {named}{f' and {more} more' if more > 0 else ''}. Leave them out of the "
+            "adapter's or the audit's target_modules."
         )
     return warnings

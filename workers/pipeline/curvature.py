@@ -9,6 +9,7 @@ Shapes: V validation samples, B a block of training samples, d entries of one mo
 from collections.abc import Iterator
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from workers.influence.estimators import CurvatureEstimator, TrainingGradients
@@ -17,11 +18,13 @@ from workers.influence.layers import ModuleSpec
 from workers.pipeline.artifacts import TensorFile, read_tensors, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import estimators_of
-from workers.pipeline.gradients import dense_modules, keep_block, shard_batches, stream_kept
+from workers.pipeline.gradients import keep_block, shard_batches, stream_kept
+from workers.pipeline.memory import FLOAT32, SHARD_BYTES
+from workers.pipeline.non_finite import check_share
 from workers.pipeline.runtime import Runtime, load_runtime
+from workers.pipeline.training_facts import TrainingFacts
 
 MAX_MODULES_PER_BLOCK = 8
-FLOAT32 = 4
 
 
 def plan_module_blocks(
@@ -47,13 +50,25 @@ def plan_module_blocks(
     return blocks
 
 
-def module_blocks(context: StageContext, runtime: Runtime) -> list[list[int]]:
-    """Return the audit's blocks of modules."""
+def module_blocks(
+    context: StageContext, runtime: Runtime, *, samples_per_shard: int
+) -> list[list[int]]:
+    """Return the audit's blocks of modules: a shard of one fits into memory, all into the cache."""
     specs = runtime.extractor.modules
     return plan_module_blocks(
-        [(module, specs[module]) for module in dense_modules(runtime)],
+        [(module, specs[module]) for module in runtime.dense_modules],
         num_train=len(runtime.train),
-        max_bytes=context.settings.max_gradient_cache_bytes,
+        max_bytes=min(
+            context.settings.max_gradient_cache_bytes,
+            SHARD_BYTES * len(runtime.train) // samples_per_shard,
+        ),
+    )
+
+
+def planned_blocks(context: StageContext, runtime: Runtime) -> list[list[int]]:
+    """Return the blocks as planned when computing began."""
+    return module_blocks(
+        context, runtime, samples_per_shard=context.provenance["samples_per_shard"]
     )
 
 
@@ -68,38 +83,45 @@ def fit_curvature(context: StageContext) -> StageOutput:
     if artifacts.queries(block).exists():
         return StageOutput()
     runtime = load_runtime(context)
-    modules = module_blocks(context, runtime)[block]
+    modules = planned_blocks(context, runtime)[block]
     if not context.provenance["keeps_gradients"]:
         keep_block(context, runtime, block=block, modules=modules)
     validation = runtime.validation_rows(artifacts.validation_gradients())
     estimators = curvature_estimators(context)
     queries: dict[str, Tensor] = {}
-    for module in modules:
-        training = _training_gradients(context, runtime, block=block, module=module)
+    is_finite_T = TrainingFacts(artifacts, context.provenance["num_shards"]).is_finite_T
+    check_share(context, is_finite_T, name="training")
+    for number, module in enumerate(modules):
+        training = _training_gradients(
+            context, runtime, block=block, module=module, num_finite=int(is_finite_T.sum())
+        )
         validation_Vd = validation[module].dense()
-        for estimator in estimators:
-            context.hold.keep_alive()
+        for place, estimator in enumerate(estimators):
+            context.hold.step(number * len(estimators) + place, len(modules) * len(estimators))
             query_Vd = estimator.queries(validation_Vd=validation_Vd, training=training)
             queries[f"{estimator.name}/{module:05d}"] = query_Vd
     write_tensors(artifacts.queries(block), queries)
+    context.hold.keep_alive()  # who lost the lease leaves the files to the heir
     artifacts.remove_block(block)
     return StageOutput()
 
 
 def _training_gradients(
-    context: StageContext, runtime: Runtime, *, block: int, module: int
+    context: StageContext, runtime: Runtime, *, block: int, module: int, num_finite: int
 ) -> TrainingGradients:
     artifacts = context.artifacts
     shards = range(context.provenance["num_shards"])
     facts = [TensorFile(artifacts.facts(shard)) for shard in shards]
-    num_finite = sum(int(file.rows("is_finite").sum()) for file in facts)
-    total = sum(float(file.rows("squared_norm_sum")[module]) for file in facts)
+    # summed once over all shards: no bit of the damping depends on how they were cut
+    squared_norm_T = torch.cat([file.rows("squared_norm", module) for file in facts])
     return TrainingGradients(
         num_samples=num_finite,
-        mean_squared_norm=total / max(1, num_finite),
+        mean_squared_norm=float(squared_norm_T.double().sum()) / max(1, num_finite),
         spec=runtime.extractor.modules[module],
         kronecker=_read_kronecker(context, module),
         blocks=partial(_blocks, context, runtime, block, module),
+        keep_alive=context.hold.keep_alive,
+        silence=context.hold.silence,
     )
 
 
@@ -116,7 +138,7 @@ def _blocks(context: StageContext, runtime: Runtime, block: int, module: int) ->
         for gradient_Bd in stream_kept(
             path, runtime, module, shard_batches(context, runtime, shard)
         ):
-            context.hold.tick(shard, num_shards)
+            context.hold.keep_alive()
             yield gradient_Bd
 
 

@@ -36,17 +36,16 @@ class Facts:
         self._tensors["is_finite"][positions] = sample.is_finite_B.cpu()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return everything, with the sum of the squared norms of each module in float64.
+        """Return everything; numbers of samples that are not finite are 0.
 
-        Numbers of samples that are not finite are 0, so that every answer can carry them.
+        So every answer can carry them.
         """
-        finite = {
+        return {
             name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
             if value.is_floating_point()
             else value
             for name, value in self._tensors.items()
         }
-        return {**finite, "squared_norm_sum": finite["squared_norm"].double().sum(dim=1)}
 
 
 class Totals:

@@ -4,19 +4,18 @@ Shapes: M modules, L blocks, V validation samples, C classes, T the shard's trai
 batch of them, d entries of a module, H hidden width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workers.influence.gradients import SampleGradients
 from workers.influence.kronecker import KroneckerSums
 from workers.pipeline.artifacts import TensorFile, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import wishes_of
 from workers.pipeline.facts import Facts, Totals
-from workers.pipeline.memory import in_batches, plan_batches
+from workers.pipeline.memory import BatchLimits, in_batches, plan_batches
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.shard_influence import ShardInfluence
 
@@ -36,7 +35,7 @@ def compute_gradients(context: StageContext) -> StageOutput:
     influence = ShardInfluence(context, runtime, num_samples=len(index_T))
     kept = {
         module: torch.zeros(len(index_T), modules[module].num_parameters)
-        for module in dense_modules(runtime)
+        for module in runtime.dense_modules
         if context.provenance["keeps_gradients"]
     }
     facts, totals = Facts(len(index_T), len(modules)), Totals(len(modules))
@@ -49,15 +48,15 @@ def compute_gradients(context: StageContext) -> StageOutput:
         influence.add(positions, sample)
         for module, kept_Td in kept.items():
             kept_Td[positions] = sample.gradients[module].dense().cpu()
-        # what adds up comes last: a batch that runs out of memory is done again in halves
+        # what adds up comes last, where nothing can run out of memory any more: a batch that does
+        # is done again in halves, and must not count twice
         totals.add(sample)
-        _add_kronecker(kronecker, sample)
+        for module, sums in enumerate(sample.kronecker):
+            if sums is not None:
+                kronecker[module] = kronecker[module].add_(sums) if module in kronecker else sums
 
-    runtime.tokens_per_batch = in_batches(
-        index_T,
-        runtime.train.length_T[index_T],
-        tokens_per_batch=runtime.tokens_per_batch,
-        work=work,
+    runtime.limits = in_batches(
+        index_T, runtime.train.length_T[index_T], limits=runtime.limits, work=work
     )
     influence.write(shard)
     if kept:
@@ -72,22 +71,7 @@ def compute_gradients(context: StageContext) -> StageOutput:
             },
         )
     write_tensors(artifacts.facts(shard), {"index": index_T, **facts.tensors(), **totals.tensors()})
-    return StageOutput(
-        result={"samples": len(index_T), "tokens_per_batch": runtime.tokens_per_batch}
-    )
-
-
-def dense_modules(runtime: Runtime) -> list[int]:
-    """Return the modules that pass through a curvature: all but the word embeddings."""
-    return [
-        module for module, spec in enumerate(runtime.extractor.modules) if spec.form != "sparse"
-    ]
-
-
-def _add_kronecker(kronecker: dict[int, KroneckerSums], sample: SampleGradients) -> None:
-    for module, sums in enumerate(sample.kronecker):
-        if sums is not None:
-            kronecker[module] = kronecker[module] + sums if module in kronecker else sums
+    return StageOutput(result={"samples": len(index_T), "tokens_per_batch": runtime.limits.tokens})
 
 
 def _write_gradients(path: Path, gradients: dict[int, Tensor]) -> None:
@@ -112,33 +96,44 @@ def shard_batches(context: StageContext, runtime: Runtime, shard: int) -> list[s
     length_T = runtime.train.length_T[runtime.shard(context, shard)]
     batches = []
     start = 0
-    for batch in plan_batches(length_T, tokens_per_batch=context.provenance["tokens_per_batch"]):
+    for batch in plan_batches(length_T, BatchLimits.planned(context.provenance)):
         batches.append(slice(start, start + len(batch)))
         start += len(batch)
     return batches
 
 
 def compute_again(
-    context: StageContext, runtime: Runtime, index_B: Tensor, modules: Sequence[int]
-) -> list[Tensor]:
-    """Return the gradients [B, d] of some modules for one batch.
+    context: StageContext,
+    runtime: Runtime,
+    shard: int,
+    *,
+    modules: Sequence[int],
+    use: Callable[[int, slice, Tensor], None],
+) -> None:
+    """Compute a shard's gradients of some modules again, batch by batch.
 
-    The batch is cut where memory is shorter than planned.
+    Args:
+        context: the unit of work.
+        runtime: the model.
+        shard: the shard.
+        modules: whose gradients are used.
+        use: gets the module, the positions in the shard, and gradient_Bd; it may be called again
+            for positions whose batch ran out of memory.
     """
-    parts: list[list[Tensor]] = []
+    index_T = runtime.shard(context, shard)
+    for planned in shard_batches(context, runtime, shard):
+        index_B = index_T[planned]
 
-    def work(_: slice, indices: Tensor) -> None:
-        context.hold.keep_alive()
-        gradients = runtime.extract(runtime.train, indices).gradients
-        parts.append([gradients[module].dense() for module in modules])
+        def work(positions: slice, indices: Tensor, first: int = planned.start) -> None:
+            context.hold.keep_alive()
+            gradients = runtime.extract(runtime.train, indices).gradients
+            place = slice(first + positions.start, first + positions.stop)
+            for module in modules:
+                use(module, place, gradients[module].dense())
 
-    runtime.tokens_per_batch = in_batches(
-        index_B,
-        runtime.train.length_T[index_B],
-        tokens_per_batch=runtime.tokens_per_batch,
-        work=work,
-    )
-    return [torch.cat(columns) for columns in zip(*parts, strict=True)]
+        runtime.limits = in_batches(
+            index_B, runtime.train.length_T[index_B], limits=runtime.limits, work=work
+        )
 
 
 def keep_block(
@@ -149,18 +144,21 @@ def keep_block(
     For audits whose gradients would take too much disk if they were kept all at once.
     """
     num_shards = context.provenance["num_shards"]
+    specs = runtime.extractor.modules
     for shard in range(num_shards):
         path = context.artifacts.block_gradients(block, shard)
         if path.exists():
             continue
-        index_T = runtime.shard(context, shard)
-        specs = runtime.extractor.modules
+        context.hold.step(shard, num_shards)
+        num_samples = len(runtime.shard(context, shard))
         kept = {
-            module: torch.zeros(len(index_T), specs[module].num_parameters) for module in modules
+            module: torch.zeros(num_samples, specs[module].num_parameters) for module in modules
         }
-        for positions in shard_batches(context, runtime, shard):
-            context.hold.tick(shard, num_shards)
-            parts = compute_again(context, runtime, index_T[positions], modules)
-            for kept_Td, part_Bd in zip(kept.values(), parts, strict=True):
-                kept_Td[positions] = part_Bd.cpu()
+
+        def keep(
+            module: int, positions: slice, gradient_Bd: Tensor, kept: dict[int, Tensor] = kept
+        ) -> None:
+            kept[module][positions] = gradient_Bd.cpu()
+
+        compute_again(context, runtime, shard, modules=modules, use=keep)
         _write_gradients(path, kept)

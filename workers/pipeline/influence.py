@@ -4,8 +4,8 @@ import torch
 
 from workers.pipeline.artifacts import TensorFile, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
-from workers.pipeline.curvature import curvature_estimators, module_blocks
-from workers.pipeline.gradients import compute_again, dense_modules, shard_batches, stream_kept
+from workers.pipeline.curvature import curvature_estimators, planned_blocks
+from workers.pipeline.gradients import compute_again, shard_batches, stream_kept
 from workers.pipeline.runtime import Runtime, load_runtime
 
 
@@ -13,11 +13,10 @@ def compute_influence(context: StageContext) -> StageOutput:
     """Write a shard's influence [M, V, T_shard] by every estimator's queries."""
     artifacts, shard = context.artifacts, context.claim.position
     runtime = load_runtime(context)
-    modules = dense_modules(runtime)
+    modules = runtime.dense_modules
     index_T = runtime.shard(context, shard)
     shape = (len(modules), len(runtime.trusted), len(index_T))
     influence = {estimator.name: torch.zeros(shape) for estimator in curvature_estimators(context)}
-    batches = shard_batches(context, runtime, shard)
 
     def multiply(module: int, positions: slice, gradient_Bd: torch.Tensor) -> None:
         for name, influence_MVT in influence.items():
@@ -25,19 +24,16 @@ def compute_influence(context: StageContext) -> StageOutput:
             influence_MVT[module, :, positions] = (query_Vd @ gradient_Bd.T).cpu()
 
     if context.provenance["keeps_gradients"]:
+        batches = shard_batches(context, runtime, shard)
         for module in modules:
             queries = _queries(context, runtime, names=list(influence), modules=[module])
             gradients = stream_kept(artifacts.gradients(shard), runtime, module, batches)
             for positions, gradient_Bd in zip(batches, gradients, strict=True):
-                context.hold.tick(module, len(modules))
+                context.hold.step(module, len(modules))
                 multiply(module, positions, gradient_Bd)
     else:
         queries = _queries(context, runtime, names=list(influence), modules=modules)
-        for positions in batches:
-            context.hold.tick(positions.start, len(index_T))
-            parts = compute_again(context, runtime, index_T[positions], modules)
-            for module, gradient_Bd in zip(modules, parts, strict=True):
-                multiply(module, positions, gradient_Bd)
+        compute_again(context, runtime, shard, modules=modules, use=multiply)
     for name, influence_MVT in influence.items():
         write_tensors(artifacts.influence(name, shard), {"influence": influence_MVT})
     return StageOutput()
@@ -49,7 +45,7 @@ def _queries(
     """Read the queries [V, d] of some modules, by estimator and module."""
     block_of = {
         module: block
-        for block, members in enumerate(module_blocks(context, runtime))
+        for block, members in enumerate(planned_blocks(context, runtime))
         for module in members
     }
     files = {

@@ -3,8 +3,9 @@
 Shapes: N samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +26,28 @@ LOGIT_VECTORS = 3
 
 
 @dataclass(frozen=True)
+class BatchLimits:
+    """How large a batch may be.
+
+    Attributes:
+        tokens: padded tokens.
+        samples: samples.
+    """
+
+    tokens: int
+    samples: int = MAX_SAMPLES_PER_BATCH
+
+    @classmethod
+    def planned(cls, provenance: Mapping[str, Any]) -> Self:
+        """Return the limits that were planned when computing began."""
+        return cls(provenance["tokens_per_batch"], provenance["samples_per_batch"])
+
+    def halved(self) -> Self:
+        """Return half of it; in the end a batch is one sample."""
+        return type(self)(max(1, self.tokens // 2), max(1, self.samples // 2))
+
+
+@dataclass(frozen=True)
 class Workload:
     """What an audit holds, in float32 numbers.
 
@@ -32,7 +55,9 @@ class Workload:
         num_validation: validation samples, 0 without a validation set.
         row_floats: one sample's gradients over all modules, in the form that they are held.
         dense_floats: the part of them that passes through a curvature.
+        largest_floats: that of the largest module among these.
         num_curvature: estimators whose queries are held beside the validation gradients.
+        held_floats: sums over all samples that are held: totals, and the factors of EK-FAC.
         influence_floats: influence of all estimators on one training sample.
         activation_floats: captured inputs, outputs and their gradients of one token.
         keeps_gradients: whether the dense gradients of a shard are buffered for later passes.
@@ -41,7 +66,9 @@ class Workload:
     num_validation: int
     row_floats: int
     dense_floats: int
+    largest_floats: int
     num_curvature: int
+    held_floats: int
     influence_floats: int
     activation_floats: int
     keeps_gradients: bool
@@ -52,12 +79,12 @@ class MemoryPlan:
     """What fits.
 
     Attributes:
-        tokens_per_batch: padded tokens of a gradient batch.
+        limits: of a gradient batch.
         samples_per_shard: training samples whose influence and gradients are buffered together.
         held_bytes: what stays in memory all the time: the validation gradients and their queries.
     """
 
-    tokens_per_batch: int
+    limits: BatchLimits
     samples_per_shard: int
     held_bytes: int
 
@@ -92,10 +119,10 @@ def plan_memory(
     Raises:
         InsufficientMemory: the validation gradients alone do not fit; says what to change.
     """
-    held = (
-        FLOAT32
-        * workload.num_validation
+    held = FLOAT32 * (
+        workload.num_validation
         * (workload.row_floats + workload.num_curvature * workload.dense_floats)
+        + workload.held_floats
     )
     if held > free_bytes // 2:
         raise InsufficientMemory(
@@ -104,17 +131,20 @@ def plan_memory(
             f"{free_bytes / 1e9:.1f} GB are free. Use fewer validation samples or target modules, "
             "LoRA adapters of a lower rank, or model.projection."
         )
-    kept = workload.dense_floats if workload.keeps_gradients else 0
+    kept = workload.dense_floats if workload.keeps_gradients else workload.largest_floats
     per_sample = FLOAT32 * (workload.influence_floats + kept)
     shard = max(1, min(samples_per_shard, SHARD_BYTES // max(1, per_sample)))
     per_token = FLOAT32 * workload.activation_floats
     tokens = tokens_per_batch
-    while tokens > MIN_TOKENS_PER_BATCH and tokens * per_token > (free_bytes - held) // 2:
+    room = (free_bytes - held) // 2
+    while tokens > MIN_TOKENS_PER_BATCH and tokens * per_token > room // 2:
         tokens //= 2
-    return MemoryPlan(tokens, shard, held)
+    samples = room // 2 // (FLOAT32 * max(1, workload.row_floats))
+    limits = BatchLimits(tokens, max(1, min(MAX_SAMPLES_PER_BATCH, samples)))
+    return MemoryPlan(limits, shard, held)
 
 
-def plan_shards(length_T: Tensor, *, tokens_per_batch: int, samples_per_shard: int) -> list[Tensor]:
+def plan_shards(length_T: Tensor, limits: BatchLimits, *, samples_per_shard: int) -> list[Tensor]:
     """Cut the training set into shards: runs of whole batches of the length-sorted set.
 
     The batches are cut over the whole set first, so a sample's batch, and with it every bit of its
@@ -125,7 +155,7 @@ def plan_shards(length_T: Tensor, *, tokens_per_batch: int, samples_per_shard: i
     """
     shards: list[list[Tensor]] = []
     size = samples_per_shard
-    for batch in plan_batches(length_T, tokens_per_batch=tokens_per_batch):
+    for batch in plan_batches(length_T, limits):
         if size + len(batch) > samples_per_shard:
             shards.append([])
             size = 0
@@ -134,51 +164,48 @@ def plan_shards(length_T: Tensor, *, tokens_per_batch: int, samples_per_shard: i
     return [torch.cat(batches) for batches in shards]
 
 
-def plan_batches(length_T: Tensor, *, tokens_per_batch: int) -> list[Tensor]:
-    """Cut samples into batches of similar length within a token budget."""
-    return token_budget_batches(
-        length_T, max_tokens=tokens_per_batch, max_samples=MAX_SAMPLES_PER_BATCH
-    )
+def plan_batches(length_T: Tensor, limits: BatchLimits) -> list[Tensor]:
+    """Cut samples into batches of similar length within the limits."""
+    return token_budget_batches(length_T, max_tokens=limits.tokens, max_samples=limits.samples)
 
 
 def in_batches(
     index_N: Tensor,
     length_N: Tensor,
     *,
-    tokens_per_batch: int,
+    limits: BatchLimits,
     work: Callable[[slice, Tensor], None],
-) -> int:
-    """Do work batch by batch, with half the tokens after every time that memory runs out.
+) -> BatchLimits:
+    """Do work batch by batch, with half the limits after every time that memory runs out.
 
     Args:
         index_N: indices of the samples, the longest first, as `plan_shards` gives them.
         length_N: their numbers of tokens.
-        tokens_per_batch: the budget to begin with.
+        limits: those to begin with.
         work: gets the positions in `index_N` and the indices there.
 
     Returns:
-        The budget that worked.
+        The limits that worked.
     """
     start = 0
     while start < len(index_N):
-        stop = start + _first_batch(length_N[start:], tokens_per_batch=tokens_per_batch)
+        stop = start + _first_batch(length_N[start:], limits)
         try:
             work(slice(start, stop), index_N[start:stop])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or stop - start == 1:
                 raise
             # below MIN_TOKENS_PER_BATCH too: in the end a batch is one sample
-            tokens_per_batch = max(1, tokens_per_batch // 2)
+            limits = limits.halved()
         else:
             start = stop
             continue
         # only here, after the error, is nothing of the failed batch held any more
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return tokens_per_batch
+    return limits
 
 
-def _first_batch(length_N: Tensor, *, tokens_per_batch: int) -> int:
+def _first_batch(length_N: Tensor, limits: BatchLimits) -> int:
     """Return the size of the first batch that `plan_batches` would cut."""
-    length_N = length_N[:MAX_SAMPLES_PER_BATCH]
-    return len(plan_batches(length_N, tokens_per_batch=tokens_per_batch)[0])
+    return len(plan_batches(length_N[: limits.samples], limits)[0])

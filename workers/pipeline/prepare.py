@@ -24,8 +24,8 @@ from workers.pipeline.tokenise import TOKENISERS, RowTokeniser, TokenisedRows
 from workers.sources.errors import SourceError
 from workers.sources.libraries import Task
 from workers.sources.loading import longest_input
-from workers.sources.models import ResolvedModel, resolve_model
-from workers.sources.tokenizers import load_tokenizer
+from workers.sources.models import ResolvedModel, resolve_adapter, resolve_model
+from workers.sources.tokenizers import CHAT_DATE, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,11 @@ def prepare(context: StageContext) -> StageOutput:
         "validation_revision": sources.validation.revision if sources.validation else None,
         "precision": request.precision,
         "seed": request.seed,
+        "max_tokens": max_tokens,
+        "num_truncated": num_truncated,
     }
-    if request.task == "causal_lm":
-        provenance["num_truncated"] = num_truncated
+    if any(table and table.columns.kind == "chat" for table in (sources.train, sources.validation)):
+        provenance["chat_date"] = CHAT_DATE.date().isoformat()
     if sources.checkpoints:
         provenance["checkpoint_revisions"] = [of.adapter_revision for of in sources.checkpoints]
     return StageOutput(
@@ -172,11 +174,23 @@ def prepare(context: StageContext) -> StageOutput:
 
 def _resolve(context: StageContext) -> _Sources:
     request = context.request
-    model = _resolve_model(context, request.model.adapter)
+    places: dict[str, Any] = {
+        "task": request.task,
+        "roots": context.settings.file_roots,
+        "hub": context.hub,
+        "cache_dir": context.cache_dir,
+    }
+    adapter = request.model.adapter
+    model = resolve_model(
+        parse_model_reference(request.model.reference),
+        adapter=parse_model_reference(adapter) if adapter else None,
+        **places,
+    )
     checkpoints = []
     for number, checkpoint in enumerate(request.model.checkpoints or ()):
         try:
-            checkpoints.append(_resolve_model(context, checkpoint.adapter))
+            reference = parse_model_reference(checkpoint.adapter)
+            checkpoints.append(resolve_adapter(model, reference, **places))
         except SourceError as error:
             raise AuditRefused(
                 error.code,
@@ -193,22 +207,11 @@ def _resolve(context: StageContext) -> _Sources:
     )
 
 
-def _resolve_model(context: StageContext, adapter: str | None) -> ResolvedModel:
-    return resolve_model(
-        parse_model_reference(context.request.model.reference),
-        task=context.request.task,
-        adapter=parse_model_reference(adapter) if adapter else None,
-        roots=context.settings.file_roots,
-        hub=context.hub,
-        cache_dir=context.cache_dir,
-    )
-
-
 class _Tokenised:
     """The record batches of a sample file, made while they are written.
 
     Attributes:
-        num_truncated: samples of causal language models that were cut so far.
+        num_truncated: samples that were cut so far.
     """
 
     def __init__(self, context: StageContext, tokeniser: RowTokeniser, targets: Targets) -> None:

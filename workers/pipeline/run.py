@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from pydantic import ValidationError
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
@@ -18,6 +19,7 @@ from workers.pipeline.aggregate import aggregate
 from workers.pipeline.checkpoints import compute_checkpoint
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.curvature import fit_curvature
+from workers.pipeline.failures import AuditRefused
 from workers.pipeline.fine_tune import fine_tune
 from workers.pipeline.gradients import compute_gradients
 from workers.pipeline.influence import compute_influence
@@ -36,6 +38,20 @@ STAGES: dict[Stage, Callable[[StageContext], StageOutput]] = {
 }
 
 
+def _request_of(audit: Audit) -> AuditRequest:
+    """Return the audit's request, which another version of the service may have accepted."""
+    try:
+        return AuditRequest.model_validate(audit.request)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise AuditRefused(
+            "invalid_request",
+            f"This version of the service does not take the request: {first['msg']}. Submit it "
+            "anew.",
+            field=".".join(str(part) for part in first["loc"]) or None,
+        ) from error
+
+
 def run_stage(engine: Engine, settings: Settings, claim: Claim, hold: Hold) -> StageOutput:
     """Run one unit and return what is to be saved.
 
@@ -50,7 +66,7 @@ def run_stage(engine: Engine, settings: Settings, claim: Claim, hold: Hold) -> S
             settings=settings,
             claim=claim,
             hold=hold,
-            request=AuditRequest.model_validate(audit.request),
+            request=_request_of(audit),
             provenance=audit.provenance,
             tenant=audit.tenant,
         )

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.audits.schemas import AuditRequest
 from workers.device import choose_device
 from workers.influence.errors import NoTrackedModules, UnsupportedModule
 from workers.influence.gradients import GradientExtractor, SampleGradients
-from workers.influence.objectives import CausalLanguageModel, Classification, Objective
+from workers.influence.objectives import OBJECTIVES
 from workers.influence.projection import Projection
 from workers.influence.rows import GradientRows, rows_from_tensors
 from workers.pipeline.artifacts import read_tensors
@@ -20,7 +19,7 @@ from workers.pipeline.context import StageContext
 from workers.pipeline.estimating import wishes_of
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.fine_tune import query_and_value
-from workers.pipeline.memory import activation_floats, plan_shards
+from workers.pipeline.memory import BatchLimits, activation_floats, plan_shards
 from workers.pipeline.prepare import Prepared
 from workers.pipeline.samples import SampleSet
 from workers.sources.loading import load_model
@@ -39,7 +38,7 @@ class Runtime:
     Attributes:
         key: the audit, and the checkpoint where it is not the audited state.
         validation: None for an audit without a validation set.
-        tokens_per_batch: the budget that fits here; halved for good when memory ran out.
+        limits: of a batch that fits here; halved for good when memory ran out.
         activation_floats: what a token needs in a forward and backward pass.
     """
 
@@ -48,7 +47,7 @@ class Runtime:
     prepared: Prepared
     train: SampleSet
     validation: SampleSet | None
-    tokens_per_batch: int
+    limits: BatchLimits
     activation_floats: int
     _shards: list[Tensor] | None = None
     _validation_rows: tuple[GradientRows, ...] | None = field(default=None, repr=False)
@@ -70,12 +69,19 @@ class Runtime:
         inputs, targets = samples.batch(indices, pad_id=self.prepared.pad_id, device=self.device)
         return self.extractor.extract(inputs, targets)
 
+    @property
+    def dense_modules(self) -> list[int]:
+        """The modules that pass through a curvature: all but the word embeddings."""
+        return [
+            module for module, spec in enumerate(self.extractor.modules) if spec.form != "sparse"
+        ]
+
     def shard(self, context: StageContext, position: int) -> Tensor:
         """Return the training indices of one shard, as planned when computing began."""
         if self._shards is None:
             self._shards = plan_shards(
                 self.train.length_T,
-                tokens_per_batch=context.provenance["tokens_per_batch"],
+                BatchLimits.planned(context.provenance),
                 samples_per_shard=context.provenance["samples_per_shard"],
             )
         return self._shards[position]
@@ -91,11 +97,6 @@ class Runtime:
                 rows_from_tensors(tensors[module]).to(self.device) for module in sorted(tensors)
             )
         return self._validation_rows
-
-
-def objective_of(request: AuditRequest) -> Objective:
-    """Return whose loss the gradients are of."""
-    return Classification() if request.task == "classification" else CausalLanguageModel()
 
 
 _loaded: list[Runtime] = []  # at most one: the audit whose units this process works on
@@ -120,7 +121,7 @@ def load_runtime(context: StageContext, *, checkpoint: int | None = None) -> Run
     train = SampleSet(artifacts.train)
     validation = SampleSet(artifacts.validation) if request.validation else None
     model: Any = loaded.model
-    config = model.config
+    config = model.config.get_text_config()
     longest = max(int(samples.length_T.max()) for samples in (train, validation) if samples)
     runtime = Runtime(
         key=key,
@@ -130,9 +131,9 @@ def load_runtime(context: StageContext, *, checkpoint: int | None = None) -> Run
         prepared=prepared,
         train=train,
         validation=validation,
-        tokens_per_batch=context.provenance.get(
-            "tokens_per_batch", context.settings.tokens_per_batch
-        ),
+        limits=BatchLimits.planned(context.provenance)
+        if "samples_per_batch" in context.provenance
+        else BatchLimits(context.settings.tokens_per_batch),
         activation_floats=activation_floats(
             hidden_size=int(config.hidden_size),
             num_layers=int(config.num_hidden_layers),
@@ -159,7 +160,7 @@ def _make_extractor(
     request, wishes = context.request, wishes_of(context)
     wanted = request.model.projection
     options: Mapping[str, Any] = {
-        "objective": objective_of(request),
+        "objective": OBJECTIVES[request.task],
         "dtype": DTYPES[request.precision],
         "projection": Projection(dimension=wanted.dimension, seed=wanted.seed) if wanted else None,
         "longest": longest,

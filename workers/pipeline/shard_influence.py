@@ -49,7 +49,7 @@ class ShardInfluence:
         if self._hidden:
             self._hidden_LVH = read_tensors(artifacts.hidden_states)["hidden"].to(runtime.device)
         self._fitted = self._read_fitted(runtime) if self._classes else {}
-        num_classes, num_dense = len(runtime.prepared.labels), len(self._dense_modules())
+        num_classes, num_dense = len(runtime.prepared.labels), len(runtime.dense_modules)
         shapes = {
             **{item.name: (len(self._dotted), num_validation) for item in self._dots},
             **{item.name: (num_dense, num_classes) for item in self._classes},
@@ -106,13 +106,6 @@ class ShardInfluence:
                 validation=validation, train=rows
             ).cpu()
 
-    def _dense_modules(self) -> list[int]:
-        return [
-            module
-            for module, rows in enumerate(self._validation)
-            if not isinstance(rows, SparseRows)
-        ]
-
     def _read_fitted(self, runtime: Runtime) -> dict[tuple[int, int], dict[str, Tensor]]:
         """Return what the class estimators fitted, by number of the estimator and module."""
         return {
@@ -123,7 +116,7 @@ class ShardInfluence:
                 ).items()
             }
             for number, estimator in enumerate(self._classes)
-            for module in self._dense_modules()
+            for module in runtime.dense_modules
         }
 
 

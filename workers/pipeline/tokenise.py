@@ -6,7 +6,7 @@ most, and a completion that does not fit by itself on the right.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from app.datasets.columns import DatasetKind
 from app.datasets.messages import Message, read_messages, show_messages
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.tables import Table
-from workers.sources.tokenizers import has_chat_template
+from workers.sources.tokenizers import has_chat_template, write_chat
 
 # A template of a stranger's may fail in any of these ways on a chat.
 _TEMPLATE_ERRORS = (
@@ -41,7 +41,7 @@ class TokenisedRows:
         token_type_ids: segments of text pairs, for models that tell them apart so.
         completion_start: position of the first token of the completion, at least 1; None for
             classifiers.
-        num_truncated: samples of causal language models that were cut.
+        num_truncated: samples that were cut.
     """
 
     text: Sequence[str]
@@ -98,7 +98,23 @@ class LabelledTexts(RowTokeniser):
             texts, pairs if has_pairs else None, truncation=True, max_length=self.max_tokens
         )
         segments = tokens.get("token_type_ids") if has_pairs else None
-        return TokenisedRows(texts, pairs, tokens["input_ids"], token_type_ids=segments)
+        return TokenisedRows(
+            texts,
+            pairs,
+            tokens["input_ids"],
+            token_type_ids=segments,
+            num_truncated=self._count_cut(tokens, texts, pairs),
+        )
+
+    def _count_cut(self, tokens: Any, texts: Sequence[str], pairs: Sequence[str | None]) -> int:  # noqa: ANN401 — transformers carries no types
+        if tokens.encodings is not None:
+            return sum(bool(encoding.overflowing) for encoding in tokens.encodings)
+        # tokenizers in plain Python do not keep what they cut off
+        return sum(
+            len(self.tokenizer(text, pair, verbose=False)["input_ids"]) > self.max_tokens
+            for text, pair, kept in zip(texts, pairs, tokens["input_ids"], strict=True)
+            if len(kept) == self.max_tokens
+        )
 
 
 class Completions(RowTokeniser):
@@ -233,9 +249,7 @@ class Chats(Completions):
 
     def _written(self, chat: list[Message], *, row: int, add_generation_prompt: bool) -> str:
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return write_chat(self.tokenizer, chat, add_generation_prompt=add_generation_prompt)
         except _TEMPLATE_ERRORS as error:
             raise self.refuse(
                 row,
@@ -243,7 +257,6 @@ class Chats(Completions):
                 f"the model's chat template does not take this chat: {str(error).rstrip('.')}",
                 "messages",
             ) from error
-        return text
 
 
 TOKENISERS: dict[DatasetKind, type[RowTokeniser]] = {
@@ -251,6 +264,22 @@ TOKENISERS: dict[DatasetKind, type[RowTokeniser]] = {
     "completion": Completions,
     "chat": Chats,
 }
+
+
+def truncation_warnings(provenance: Mapping[str, Any]) -> list[str]:
+    """Return a warning for every set of which samples were cut.
+
+    Args:
+        provenance: of the audit, with what `prepare` counted.
+    """
+    names = {"train": "training", "validation": "validation"}
+    return [
+        f"{count:,} {names[field]} sample{'s were' if count > 1 else ' was'} cut to the "
+        f"{provenance['max_tokens']:,} tokens that max_tokens and the model allow: the influence "
+        "is of what was left. Raise max_tokens if the model reads more, or shorten the texts."
+        for field, count in provenance.get("num_truncated", {}).items()
+        if count
+    ]
 
 
 def cut(

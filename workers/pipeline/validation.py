@@ -6,6 +6,7 @@ first, the memory is planned, and the training set is cut into shards.
 Shapes: V validation samples, M modules.
 """
 
+import math
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from workers.influence.estimators import (
     HiddenStateEstimator,
     WordEmbeddingEstimator,
 )
+from workers.influence.kronecker import MAX_SIDE
 from workers.influence.rows import SparseRows
 from workers.pipeline.agreement import compare_projection
 from workers.pipeline.artifacts import write_json, write_tensors
@@ -31,7 +33,6 @@ from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.curvature import module_blocks
 from workers.pipeline.estimating import estimators_of, wishes_of
 from workers.pipeline.failures import AuditRefused
-from workers.pipeline.gradients import dense_modules
 from workers.pipeline.layout import ModelLayout
 from workers.pipeline.memory import (
     FLOAT32,
@@ -53,26 +54,25 @@ def compute_validation(context: StageContext) -> StageOutput:
     layout = _layout(context, runtime)
     preflight = check_model(context, runtime)
     keeps_gradients, plan = _plan(context, runtime)
-    runtime.tokens_per_batch = plan.tokens_per_batch
+    runtime.limits = plan.limits
     if runtime.validation is not None:
         collected = collect_validation(context, runtime)
         _write_validation(context, runtime, collected)
     agreement = compare_projection(context, runtime)
     write_json(context.artifacts.modules, layout)
     shards = plan_shards(
-        runtime.train.length_T,
-        tokens_per_batch=runtime.tokens_per_batch,
-        samples_per_shard=plan.samples_per_shard,
+        runtime.train.length_T, runtime.limits, samples_per_shard=plan.samples_per_shard
     )
-    wishes = wishes_of(context)
+    blocks = module_blocks(context, runtime, samples_per_shard=plan.samples_per_shard)
     return StageOutput(
         provenance={
             "device": device_name(runtime.device),
-            "tokens_per_batch": runtime.tokens_per_batch,
+            "tokens_per_batch": runtime.limits.tokens,
+            "samples_per_batch": runtime.limits.samples,
             "samples_per_shard": plan.samples_per_shard,
             "num_shards": len(shards),
-            "num_module_blocks": len(module_blocks(context, runtime)),
-            "num_checkpoints": len(learning_rates(context)) if wishes.checkpoints else 0,
+            "num_module_blocks": len(blocks),
+            "num_checkpoints": _num_checkpoints(context),
             "keeps_gradients": keeps_gradients,
             "num_modules": len(extractor.modules),
             "num_parameters": extractor.num_parameters,
@@ -105,21 +105,35 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
     return layout
 
 
+def _num_checkpoints(context: StageContext) -> int:
+    return len(learning_rates(context)) if wishes_of(context).checkpoints else 0
+
+
 def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
-    """Return whether gradients are kept between passes, and what fits into memory and disk."""
+    """Return whether gradients are kept between passes, and what fits into memory and disk.
+
+    Raises:
+        InsufficientMemory: it does not fit; says what to change.
+    """
     specs, num_train = runtime.extractor.modules, len(runtime.train)
     num_validation = len(runtime.validation) if runtime.validation else 0
-    dense = dense_modules(runtime)
-    dense_floats = sum(specs[module].num_parameters for module in dense)
-    num_curvature = sum(isinstance(item, CurvatureEstimator) for item in estimators_of(context))
+    sizes = [specs[module].num_parameters for module in runtime.dense_modules]
+    curvature = [item for item in estimators_of(context) if isinstance(item, CurvatureEstimator)]
+    dense_floats = sum(sizes) if curvature else 0
+    for estimator in curvature:
+        for module in runtime.dense_modules:
+            estimator.check_size(specs[module])
     cache_bytes = num_train * dense_floats * FLOAT32
-    keeps_gradients = num_curvature > 0 and cache_bytes <= context.settings.max_gradient_cache_bytes
+    keeps_gradients = 0 < cache_bytes <= context.settings.max_gradient_cache_bytes
     longest = int(runtime.train.length_T.max())
+    sums = _sum_floats(context, runtime)
     workload = Workload(
         num_validation=num_validation,
         row_floats=sum(row_floats(spec, num_tokens=longest) for spec in specs),
-        dense_floats=dense_floats if num_curvature else 0,
-        num_curvature=num_curvature,
+        dense_floats=dense_floats,
+        largest_floats=max(sizes, default=0) if curvature else 0,
+        num_curvature=len(curvature),
+        held_floats=sums,
         influence_floats=_influence_floats(context, runtime, num_validation),
         activation_floats=runtime.activation_floats,
         keeps_gradients=keeps_gradients,
@@ -130,14 +144,31 @@ def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
         tokens_per_batch=context.settings.tokens_per_batch,
         samples_per_shard=context.settings.samples_per_shard,
     )
-    kept = cache_bytes if keeps_gradients else 0
-    _check_disk(context, num_train * workload.influence_floats * FLOAT32 + kept)
+    num_shards = -(-num_train // plan.samples_per_shard)
+    held = workload.row_floats * (1 + _num_checkpoints(context))
+    held += workload.dense_floats * workload.num_curvature
+    _check_disk(
+        context,
+        FLOAT32 * (num_train * workload.influence_floats + num_validation * held)
+        + FLOAT32 * num_shards * sums
+        + min(cache_bytes, context.settings.max_gradient_cache_bytes),
+    )
     return keeps_gradients, plan
+
+
+def _sum_floats(context: StageContext, runtime: Runtime) -> int:
+    """Return how many float32 the sums over samples take: float64 totals and Kronecker factors."""
+    specs = [runtime.extractor.modules[module] for module in runtime.dense_modules]
+    total = sum(math.prod(spec.shape) for spec in specs)
+    if wishes_of(context).kronecker:
+        sides = [side for spec in specs if len(spec.shape) > 1 for side in spec.shape]
+        total += sum(side**2 for side in sides if side <= MAX_SIDE)
+    return 2 * total
 
 
 def _influence_floats(context: StageContext, runtime: Runtime, num_validation: int) -> int:
     """Return how many numbers of influence all estimators have on one training sample."""
-    num_dense = len(dense_modules(runtime))
+    num_dense = len(runtime.dense_modules)
     total = 0
     for estimator in estimators_of(context):
         if estimator.kind not in {"pairwise", "class"}:

@@ -38,7 +38,7 @@ def collect_validation(context: StageContext, runtime: Runtime) -> ValidationRow
     parts: list[list[GradientRows]] = [[] for _ in range(num_modules)]
     hidden: list[Tensor] = []
     facts = Facts(len(samples), num_modules)
-    batches = plan_batches(samples.length_T, tokens_per_batch=runtime.tokens_per_batch)
+    batches = plan_batches(samples.length_T, runtime.limits)
     index_V = torch.cat(batches)
 
     def work(positions: slice, indices: Tensor) -> None:
@@ -52,8 +52,8 @@ def collect_validation(context: StageContext, runtime: Runtime) -> ValidationRow
         if sample.hidden_LBH is not None:
             hidden.append(sample.hidden_LBH.cpu())
 
-    runtime.tokens_per_batch = in_batches(
-        index_V, samples.length_T[index_V], tokens_per_batch=runtime.tokens_per_batch, work=work
+    runtime.limits = in_batches(
+        index_V, samples.length_T[index_V], limits=runtime.limits, work=work
     )
     back_V = index_V.argsort()
     rows: list[GradientRows] = []

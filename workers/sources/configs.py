@@ -13,6 +13,7 @@ from workers.sources.errors import SourceError, SourceErrorCode, SourceField
 
 _MAX_CONFIG_BYTES = 8 * 1024**2
 _MAX_LAYERS = 1_000
+_MAX_EXPERTS = 4_096
 _MAX_DIMENSION = 2**31 - 1
 # Keys at which a library imports code, fetches kernels or opens a file of the config's choice, and
 # those that change what a forward pass returns.
@@ -202,7 +203,11 @@ def _check_sizes(value: Any, *, key: str = "") -> None:  # noqa: ANN401 — any 
         for item in value:
             _check_sizes(item, key=key)
     elif isinstance(value, int):
-        limit = _MAX_LAYERS if key.endswith(("layers", "n_layer")) else _MAX_DIMENSION
+        limit = _MAX_DIMENSION
+        if key.endswith(("layers", "n_layer")):
+            limit = _MAX_LAYERS
+        elif key.endswith("experts"):
+            limit = _MAX_EXPERTS
         if value > limit:
             raise _refusal(
                 f"config.json has {key}={value}; at most {limit:,} is taken",

@@ -9,6 +9,7 @@ SourceErrorCode = Literal[
     "hub_unreachable",
     "hub_error",
     "too_large",
+    "storage_full",
     "missing_file",
     "changed_file",
     "unsafe_file",

@@ -7,11 +7,13 @@ sizes, so these are checked first: nothing is counted up to, allocated or looked
 import hashlib
 import json
 import math
+import shutil
 import struct
 import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -36,9 +38,17 @@ _MAX_METADATA_BYTES = 256 * 1024**2
 _MAX_METADATA_ITEMS = 4_000_000
 _MAX_TENSORS = 100_000
 _MAX_AXES = 4
+_MAX_KEY_BYTES = 2**16 - 1
+# Transformers builds lists as long as these say, before anything else is looked at.
+_MAX_COUNTS = {"block_count": 1_000, "expert_count": 4_096}
+_MAX_SIZE = 2**31 - 1
+# Keys whose numbers are no sizes of the model: versions, ids of tokens.
+_WITHOUT_SIZES = ("general.", "tokenizer.", "split.", "quantize.")
 _STRING, _ARRAY = 8, 9
 # Bytes of the other types of a value, by their number in the format.
 _VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_INTEGERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 10: "<u8", 11: "<i8"}
+_FLOAT32_BYTES = 4
 _NAME = "model.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -55,11 +65,13 @@ def stage_gguf(files: dict[str, Path], target: Path) -> None:
     The embedded chat template is kept.
 
     Raises:
-        SourceError: the file is damaged, or no causal language model that Transformers can read.
+        SourceError: the file is damaged, or no causal language model that Transformers can read,
+            or there is no room for its weights.
     """
     ((name, path),) = files.items()
     before = fingerprints(files)
     num_entries = check_gguf(path)
+    _check_room(target.parent, num_bytes=_FLOAT32_BYTES * num_entries, name=name)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="gguf-") as temporary, quiet():
         # Nothing but the file is in reach of the library, whatever else lies beside it.
         (Path(temporary) / _NAME).symlink_to(path.resolve())
@@ -80,7 +92,8 @@ def check_gguf(path: Path) -> int:
     """Walk over the header of a GGUF file and return how many entries its tensors have.
 
     Raises:
-        SourceError: unreadable_file, if it is none or is cut off.
+        SourceError: unreadable_file, if it is none or is cut off; unsupported_model, if it says of
+            the model what would keep a reader counting.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: PLC0415 — only for GGUF files
 
@@ -92,8 +105,7 @@ def check_gguf(path: Path) -> int:
         if num_tensors > _MAX_TENSORS:
             raise _refusal(f"{path.name} says that it has {num_tensors:,} tensors")
         for _ in range(num_values):
-            header.skip_string()
-            header.skip_value(header.number("<I"))
+            header.check_value(header.key(), header.number("<I"))
         num_entries, num_bytes = 0, 0
         for _ in range(num_tensors):
             header.skip_string()
@@ -149,19 +161,35 @@ class _Header:
     def skip_string(self) -> None:
         self.skip(self.number("<Q"))
 
-    def skip_value(self, kind: int) -> None:
-        if kind == _STRING:
-            self.skip_string()
-        elif kind == _ARRAY:
+    def key(self) -> str:
+        length = self.number("<Q")
+        if length > _MAX_KEY_BYTES:
+            raise _refusal(f"{self._name} is cut off or damaged: it has a key of {length:,} bytes")
+        self._advance(length)
+        return self._file.read(length).decode(errors="replace")
+
+    def check_value(self, key: str, kind: int) -> None:
+        """Go past a value, or a list of values, and refuse it if it is an absurd size."""
+        length = 1
+        if kind == _ARRAY:
             kind, length = self.number("<I"), self.number("<Q")
             self._count(length)
-            if kind == _STRING:
-                for _ in range(length):
-                    self.skip_string()
-            else:
-                self.skip(length * self._width(kind))
+        if kind == _STRING:
+            for _ in range(length):
+                self.skip_string()
+        elif kind in _INTEGERS and length and not key.startswith(_WITHOUT_SIZES):
+            self._advance(length * self._width(kind))
+            values = np.frombuffer(self._file.read(length * self._width(kind)), _INTEGERS[kind])
+            self._check_size(key, int(values.max()))
         else:
-            self.skip(self._width(kind))
+            self.skip(length * self._width(kind))
+
+    def _check_size(self, key: str, value: int) -> None:
+        limit = _MAX_COUNTS.get(key.rpartition(".")[2], _MAX_SIZE)
+        if value > limit:
+            raise _refusal(
+                f"{self._name} has {key}={value}; at most {limit:,} is taken", "unsupported_model"
+            )
 
     def _width(self, kind: int) -> int:
         if kind not in _VALUE_BYTES:
@@ -177,6 +205,20 @@ class _Header:
         self.position += num_bytes
         if self.position > self._end:
             raise _refusal(f"{self._name} is cut off or damaged: its header is not whole")
+
+
+def _check_room(folder: Path, *, num_bytes: int, name: str) -> None:
+    """Refuse a file whose weights would fill the disk once they are plain."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise SourceError(
+            f"{name} takes {num_bytes:,} bytes as float32, but the disk of the worker's data "
+            f"directory has {free:,} free; make room there and submit the audit again, or use a "
+            "smaller model",
+            code="storage_full",
+            field="model",
+            transient=True,
+        )
 
 
 def _read_model(folder: Path, *, name: str, num_entries: int) -> Any:  # noqa: ANN401 — transformers carries no types
@@ -199,10 +241,19 @@ def _read_model(folder: Path, *, name: str, num_entries: int) -> Any:  # noqa: A
 
 def _own_tensors(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
     """Return the weights by name, tied ones once: that they are tied is in the config."""
-    own: dict[int, tuple[str, torch.Tensor]] = {}
+    own: dict[str, torch.Tensor] = {}
+    layouts: dict[int, set[tuple[torch.Size, tuple[int, ...]]]] = {}
     for name, tensor in model.state_dict().items():
-        own.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))
-    return dict(own.values())
+        known = layouts.setdefault(tensor.data_ptr(), set())
+        layout = (tensor.shape, tensor.stride())
+        if layout in known and tensor.numel():
+            continue
+        # what begins at the same place with another shape is another weight; files share nothing
+        own[name] = (
+            tensor.clone(memory_format=torch.contiguous_format) if known else tensor.contiguous()
+        )
+        known.add(layout)
+    return own
 
 
 def _write_tokenizer(folder: Path, target: Path, *, name: str) -> None:

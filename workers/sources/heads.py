@@ -79,7 +79,7 @@ def inspect_head(resolved: ResolvedModel) -> Head:
     Raises:
         SourceError: the config is not valid, or describes a far larger model than the weights.
     """
-    skeleton: Any = build_skeleton(load_config(resolved), "classification")
+    skeleton: Any = build_skeleton(load_config(resolved, "classification"), "classification")
     saved = saved_shapes(resolved, adapter=False)
     check_size(skeleton, num_saved=num_saved(saved))
     prefix = f"{skeleton.base_model_prefix}."

@@ -98,6 +98,30 @@ def check_architecture(model_type: object, task: Task) -> str:
     return str(model_type)
 
 
+def check_text_config(config: Any, task: Task) -> None:  # noqa: ANN401 — transformers carries no types
+    """Refuse an architecture whose config does not say how large its text model is.
+
+    Models of several kinds of input nest the config of their text model; what an audit plans its
+    batches by must stand there.
+
+    Raises:
+        SourceError: unsupported_model, naming what is missing.
+    """
+    needed = ["hidden_size", "num_hidden_layers"]
+    if task == "causal_lm":
+        needed.append("vocab_size")
+    with refused("config.json has no single text model", "unsupported_model", "model"):
+        text = config.get_text_config()
+    missing = [name for name in needed if not isinstance(getattr(text, name, None), int)]
+    if missing:
+        raise SourceError(
+            f"{config.model_type} models cannot be audited: the config of their text model does "
+            f"not say {', '.join(missing)}; use a model of another architecture",
+            code="unsupported_model",
+            field="model",
+        )
+
+
 def build_skeleton(config: Any, task: Task) -> nn.Module:  # noqa: ANN401 — transformers carries no types
     """Build the architecture without memory for its weights.
 

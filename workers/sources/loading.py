@@ -1,13 +1,13 @@
 """Load a resolved model, and its adapter, as a sequence classifier or a causal language model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.sources.errors import SourceError, SourceErrorCode, SourceField
 from workers.sources.heads import Head, Label, draw_head, inspect_head, match_labels
@@ -82,7 +82,8 @@ def load_model(
             )
     tokenizer = load_tokenizer(resolved)
     _check_vocabulary(model, tokenizer)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
     if resolved.adapter_path is not None:
         model = _load_adapter(model, resolved=resolved)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer)
@@ -94,16 +95,30 @@ def longest_input(resolved: ResolvedModel, *, task: Task = "classification") -> 
     Raises:
         SourceError: the config is not valid.
     """
-    config = load_config(resolved)
-    limits = [getattr(config, "max_position_embeddings", None)]
+    config = load_config(resolved, task)
+    configs = (config, config.get_text_config())
+    limits = [getattr(of, "max_position_embeddings", None) for of in configs]
     # RoBERTa and its kin count positions from behind that of the padding
     limits += [
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-        for name, module in build_skeleton(config, task).named_modules()
+        for name, module in _text_modules(build_skeleton(config, task), config)
         if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
     ]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     return min(known, default=None)
+
+
+def _text_modules(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module]]:  # noqa: ANN401
+    """Yield the modules with their names, without those of models for pictures and sounds."""
+    text = type(config.get_text_config())
+    others = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and type(module.config.get_text_config()) is not text
+    ]
+    for name, module in model.named_modules():
+        if not f"{name}.".startswith(tuple(others)):
+            yield name, module
 
 
 def _load_classifier(
@@ -116,7 +131,7 @@ def _load_classifier(
             "labels_mismatch",
             "model",
         )
-    config = load_config(resolved)
+    config = load_config(resolved, "classification")
     config.num_labels = len(labels)
     config.id2label = {i: str(label) for i, label in enumerate(labels)}
     config.label2id = {str(label): i for i, label in enumerate(labels)}
@@ -137,7 +152,7 @@ def _replaced(head: Head, report: dict[str, Any], *, is_new: bool) -> frozenset[
 
 
 def _load_causal(resolved: ResolvedModel, *, dtype: torch.dtype) -> Any:  # noqa: ANN401
-    config = load_config(resolved)
+    config = load_config(resolved, "causal_lm")
     saved = saved_shapes(resolved, adapter=False)
     check_size(build_skeleton(config, "causal_lm"), num_saved=num_saved(saved))
     model, report = _load_weights(resolved, config=config, task="causal_lm", dtype=dtype)

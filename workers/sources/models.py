@@ -7,7 +7,7 @@ picked by name: no pickle, no code, no other file of the source is ever in reach
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,20 +104,46 @@ def resolve_model(
     )
     config = read_json(path / CONFIG, field="model")
     model_type = check_architecture(config.get("model_type"), task)
-    adapter_path, adapter_revision = None, None
-    if adapter is not None:
-        adapter_path, adapter_revision = _resolve_part(
-            adapter, field="adapter", roots=roots, hub=hub, cache_dir=cache_dir
-        )
-        _check_adapter_task(adapter_path, task)
-    return ResolvedModel(
+    base = ResolvedModel(
         path=path,
-        adapter_path=adapter_path,
+        adapter_path=None,
         revision=revision,
-        adapter_revision=adapter_revision,
+        adapter_revision=None,
         model_type=model_type,
         class_names=_class_names(config),
     )
+    if adapter is None:
+        return base
+    return resolve_adapter(base, adapter, task=task, roots=roots, hub=hub, cache_dir=cache_dir)
+
+
+def resolve_adapter(
+    base: ResolvedModel,
+    adapter: FileReference | HubModelReference,
+    *,
+    task: Task = "classification",
+    roots: Sequence[Path],
+    hub: Hub,
+    cache_dir: Path,
+) -> ResolvedModel:
+    """Return a resolved model with another adapter; the base is not looked at again.
+
+    Args:
+        base: what `resolve_model` answered, for the same task; its own adapter is replaced.
+        adapter: the LoRA adapter to be put on it.
+        task: what the model will be loaded for.
+        roots: folders that file:// references may name.
+        hub: where hf:// references are resolved.
+        cache_dir: where the clean folders are kept, beside the hub's cache.
+
+    Raises:
+        SourceError: what is wrong with the adapter, and what to change.
+    """
+    path, revision = _resolve_part(
+        adapter, field="adapter", roots=roots, hub=hub, cache_dir=cache_dir
+    )
+    _check_adapter_task(path, task)
+    return replace(base, adapter_path=path, adapter_revision=revision)
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -7,23 +7,25 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from workers.sources.libraries import refused
+from workers.sources.libraries import Task, check_text_config, refused
 from workers.sources.models import ResolvedModel, weight_files
 from workers.sources.staging import check_unchanged
 
 ADAPTER_PREFIX = "base_model.model."
 
 
-def load_config(resolved: ResolvedModel) -> Any:  # noqa: ANN401 — transformers carries no types
-    """Return the model's config.
+def load_config(resolved: ResolvedModel, task: Task) -> Any:  # noqa: ANN401 — transformers carries no types
+    """Return the model's config, which says how large its text model is.
 
     Raises:
         SourceError: unsupported_model.
     """
     with refused("config.json is not valid", "unsupported_model", "model"):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             resolved.path, trust_remote_code=False, local_files_only=True
         )
+    check_text_config(config, task)
+    return config
 
 
 def saved_shapes(resolved: ResolvedModel, *, adapter: bool) -> dict[str, tuple[int, ...]]:

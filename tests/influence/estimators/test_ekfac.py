@@ -73,3 +73,11 @@ def test_sums_of_another_module_are_refused() -> None:
     stream = training(torch.ones(2, 6), shape=(2, 3), kronecker=sums)
     with pytest.raises(ValueError, match=r"\(2, 3\), its Kronecker sums are for \(3, 2\)"):
         EKFAC().queries(validation_Vd=torch.ones(1, 6), training=stream)
+
+
+def test_a_matrix_without_sums_has_the_diagonal_fisher() -> None:
+    """As one with too long a side, whose sums nobody makes."""
+    train_Td, validation_Vd = randn(7, 6, seed=6), randn(3, 6, seed=7)
+    actual_VT = influence(EKFAC(), validation_Vd, training(train_Td, shape=(3, 2)))
+    eigenvalue_d = oracles.fisher(train_Td).diagonal() + oracles.damping_of(train_Td, 0.1)
+    assert_near(actual_VT, (validation_Vd / eigenvalue_d) @ train_Td.double().T)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,3 +69,29 @@ def test_a_module_too_large_for_its_matrix_is_streamed() -> None:
         influence(LiSSA(), validation_Vd, training(train_Td)),
         share=1e-6,
     )
+
+
+@pytest.mark.parametrize("max_gram_bytes", [10**9, 1], ids=["matrix", "stream"])
+@pytest.mark.parametrize("steps", [1, 10, 300, 10_000])
+def test_it_ends_where_nothing_changes_any_more(steps: int, max_gram_bytes: int) -> None:
+    """The queries are those of all the steps; a slow one beside a fast one is waited for."""
+    train_Td = uneven(30, 6, seed=4)
+    validation_Vd = torch.stack([*torch.eye(6)[[0, 5]], torch.zeros(6)])
+    num_calls = 0
+
+    def keep_alive() -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    stream = replace(training(train_Td, max_gram_bytes=max_gram_bytes), keep_alive=keep_alive)
+    damping = oracles.damping_of(train_Td, 0.1)
+    scale = scale_of(stream) + damping
+    system_dd = oracles.fisher(train_Td) + damping * torch.eye(6, dtype=torch.float64)
+    expected_Vd = validation_Vd.double()
+    for _ in range(steps):
+        expected_Vd = validation_Vd + expected_Vd - expected_Vd @ system_dd / scale
+    num_calls = 0
+    actual_Vd = LiSSA(steps=steps).precondition(validation_Vd.double(), stream, damping)
+    for actual_d, expected_d in zip(actual_Vd, expected_Vd / scale, strict=True):
+        assert float((actual_d - expected_d).norm()) <= 2e-9 * float(expected_d.norm())
+    assert min(steps, 100) <= num_calls < 1200

@@ -7,6 +7,7 @@ from sklearn.svm import OneClassSVM
 from torch import Tensor
 
 from tests.influence.estimators.streams import randn
+from workers.influence.estimators import outlier_gradient as module
 from workers.influence.estimators.outlier_gradient import OutlierGradient
 
 
@@ -118,3 +119,45 @@ def test_one_validation_sample_is_enough() -> None:
     )
     assert torch.isfinite(influence_CB).all()
     assert influence_CB[0].argsort(descending=True).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("num_members", "chosen"), [(4, [0, 1, 2, 3]), (5, [0, 1, 2, 3]), (10, [0, 2, 5, 7])]
+)
+def test_of_many_samples_some_are_fitted(
+    monkeypatch: pytest.MonkeyPatch, num_members: int, chosen: list[int]
+) -> None:
+    """Evenly spread over those of the class; nothing but those chosen counts."""
+    monkeypatch.setattr(module, "MAX_FITTED", 4)
+    # every second sample is of another class
+    validation_Vd, train_Bd = randn(2 * num_members, 4, seed=9), randn(5, 4, seed=10)
+    class_V = torch.arange(2 * num_members) % 2
+    actual_CB = influence(validation_Vd, class_V, train_Bd)
+    for label in (0, 1):
+        alone_Vd = validation_Vd[class_V == label][chosen]
+        alone_CB = influence(alone_Vd, torch.zeros(4).long(), train_Bd, num_classes=1)
+        torch.testing.assert_close(actual_CB[label], alone_CB[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_members", [1, 2, 9])
+def test_every_share_of_outliers_is_possible(num_members: int) -> None:
+    """All of them included: scikit-learn finds no place for the boundary then."""
+    validation_Vd, class_V = randn(num_members, 4, seed=12), torch.zeros(num_members).long()
+    for nu in (0.01, 1.0):
+        influence_CB = influence(validation_Vd, class_V, validation_Vd, num_classes=1, nu=nu)
+        assert torch.isfinite(influence_CB).all()
+        if nu == 1:
+            assert influence_CB.max() < 1e-3
+
+
+def test_a_fit_takes_a_thousand_samples() -> None:
+    validation_Vd = randn(1100, 3, seed=11)
+    norm_V = validation_Vd.norm(dim=1)
+    fitted = OutlierGradient(nu=1.0).fit(
+        gram_VV=validation_Vd @ validation_Vd.T,
+        norm_V=norm_V,
+        class_V=torch.zeros(1100).long(),
+        num_classes=1,
+    )
+    # with ν near 1 nearly every sample is a support vector
+    assert 998 <= int(fitted["coefficient"].count_nonzero()) <= 1000

@@ -1,16 +1,21 @@
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from tests.influence.estimator_oracles import fisher
 from tests.influence.estimators.streams import randn, training
 from workers.influence.errors import InsufficientMemory
+from workers.influence.estimators import TrainingGradients
 from workers.influence.estimators import training as module
+from workers.influence.estimators.ekfac import EKFAC
 from workers.influence.estimators.gauss_newton import GaussNewton
 from workers.influence.estimators.lissa import LiSSA
+from workers.influence.kronecker import KroneckerSums
 
 
 def test_the_gram_matrix_is_the_sum_of_outer_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,3 +66,87 @@ def test_a_module_that_is_too_large_is_named() -> None:
     ):
         GaussNewton().queries(validation_Vd=randn(1, 10, seed=5), training=stream)
     assert len(training(randn(3, 10, seed=4), max_gram_bytes=800).gram()) == 10
+
+
+@dataclass
+class Calls:
+    """What an estimator told of its work, in order."""
+
+    calls: list[str] = field(default_factory=list)
+
+    def keep_alive(self) -> None:
+        assert self.calls[-1:] != ["enter"], "nothing can be called while a step is silent"
+        self.calls.append("alive")
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        self.calls.append("enter")
+        yield
+        self.calls.append("leave")
+
+    @property
+    def num_silent(self) -> int:
+        return self.calls.count("enter")
+
+    def watch(self, stream: TrainingGradients) -> TrainingGradients:
+        return replace(stream, keep_alive=self.keep_alive, silence=self.silence)
+
+
+def test_steps_that_cannot_be_interrupted_are_silent() -> None:
+    """One Cholesky and two triangular systems, or two eigenbases; alive before and after each."""
+    validation_Vd = randn(2, 4, seed=3)
+    sums = KroneckerSums.of_tokens(randn(5, 2, seed=4), randn(5, 2, seed=5), num_tokens=5)
+    stream = training(randn(6, 4, seed=2), shape=(2, 2), kronecker=sums)
+    for estimator, num_silent in ((GaussNewton(), 3), (EKFAC(), 2), (LiSSA(), 0)):
+        watched = Calls()
+        query_Vd = estimator.queries(validation_Vd=validation_Vd, training=watched.watch(stream))
+        expected_Vd = estimator.queries(validation_Vd=validation_Vd, training=stream)
+        assert torch.equal(query_Vd, expected_Vd)
+        assert watched.num_silent == num_silent
+        for place, call in enumerate(watched.calls):
+            if call == "enter":
+                around = watched.calls[place - 1 : place + 3]
+                assert around == ["alive", "enter", "leave", "alive"]
+
+
+def test_it_is_alive_between_the_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 blocks of 8 columns 3 at a time, then of the half that is mirrored."""
+    monkeypatch.setattr(module, "_PANEL", 3)
+    monkeypatch.setattr(module, "_MIN_WIDE_ROWS", 1)
+    monkeypatch.setattr(module, "_WIDE_ENTRIES", 1)
+    watched = Calls()
+    watched.watch(training(randn(9, 8, seed=0), cuts=[4])).gram()
+    assert watched.calls == ["alive"] * (2 * 3 + 3)
+
+
+@pytest.mark.parametrize("estimator", [GaussNewton(), LiSSA(), EKFAC()])
+def test_what_keep_alive_raises_ends_the_work(
+    estimator: GaussNewton | LiSSA | EKFAC,
+) -> None:
+    def cancelled() -> None:
+        raise TimeoutError
+
+    sums = KroneckerSums.of_tokens(randn(5, 2, seed=4), randn(5, 2, seed=5), num_tokens=5)
+    stream = training(randn(6, 4, seed=2), shape=(2, 2), kronecker=sums)
+    with pytest.raises(TimeoutError):
+        estimator.queries(
+            validation_Vd=randn(2, 4, seed=3), training=replace(stream, keep_alive=cancelled)
+        )
+
+
+def test_the_factor_is_the_only_copy_of_the_gram_matrix() -> None:
+    """Which stays as it is, for the next estimator."""
+    num_parameters = 300
+    stream = training(randn(20, num_parameters, seed=0))
+    gram_dd = stream.gram().clone()
+    validation_Vd = randn(3, num_parameters, seed=1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        GaussNewton().queries(validation_Vd=validation_Vd, training=stream)
+    held = peak = 0
+    assert profiled.profiler is not None
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 1.0 <= peak / gram_dd.nbytes < 1.1
+    assert torch.equal(stream.gram(), gram_dd)

@@ -18,6 +18,7 @@ from torch import Tensor
 from workers.influence.errors import NonFiniteInfluence
 from workers.influence.estimators.parameters import Parameter
 from workers.influence.estimators.training import TrainingGradients
+from workers.influence.layers import ModuleSpec
 from workers.influence.rows import SparseRows
 
 
@@ -196,6 +197,13 @@ class CurvatureEstimator(Estimator):
             )
         return query_Vd
 
+    def check_size(self, spec: ModuleSpec) -> None:
+        """Check, before any gradient is taken, that a module is not too large.
+
+        Raises:
+            InsufficientMemory: it is; says what to change.
+        """
+
     @abstractmethod
     def precondition(
         self, validation_Vd: Tensor, training: TrainingGradients, damping: float
@@ -241,7 +249,8 @@ class CheckpointEstimator(Estimator):
             learning_rates: of the steps that led to each checkpoint.
 
         Raises:
-            ValueError: there are fewer than two checkpoints, or a rate is not positive and finite.
+            ValueError: there are fewer than two checkpoints, a rate is negative or not finite, or
+                none is positive. A checkpoint of rate 0 adds nothing.
         """
 
 

@@ -46,7 +46,8 @@ class EKFAC(CurvatureEstimator):
     coordinates Q_Sᵀ D Q_A. Their mean squares over the training samples stand for the eigenvalues
     of the curvature, to which λ = damping · mean_k ‖g_k‖² / d is added (the mean of the eigenvalues
     is mean_k ‖g_k‖² / d, whatever the basis). Vectors, and matrices without sums, are taken as they
-    stand: the diagonal of the Fisher.
+    stand: the diagonal of the Fisher. So are those with a side beyond `MAX_SIDE` of
+    `workers.influence.kronecker`, such as the head of a language model: nobody makes their sums.
     """
 
     name = "ekfac"
@@ -71,9 +72,11 @@ class EKFAC(CurvatureEstimator):
         if basis is None:
             return validation_Vd * inverse_d
         step = max(1, _CHUNK_ENTRIES // training.spec.num_parameters)
-        return torch.cat(
-            [basis.leave(basis.enter(part_Nd) * inverse_d) for part_Nd in validation_Vd.split(step)]
-        )
+        parts = []
+        for part_Nd in validation_Vd.split(step):
+            training.keep_alive()
+            parts.append(basis.leave(basis.enter(part_Nd) * inverse_d))
+        return torch.cat(parts)
 
 
 def _eigenbasis(training: TrainingGradients, device: torch.device) -> _Eigenbasis | None:
@@ -86,7 +89,11 @@ def _eigenbasis(training: TrainingGradients, device: torch.device) -> _Eigenbasi
             f"module '{training.spec.name}' is {training.spec.shape}, its Kronecker sums are for "
             f"{shape}."
         )
-    return _Eigenbasis(_eigenvectors(sums.output_OO, device), _eigenvectors(sums.input_II, device))
+    with training.uninterrupted():
+        output_OO = _eigenvectors(sums.output_OO, device)
+    with training.uninterrupted():
+        input_II = _eigenvectors(sums.input_II, device)
+    return _Eigenbasis(output_OO, input_II)
 
 
 def _eigenvectors(sum_NN: Tensor, device: torch.device) -> Tensor:

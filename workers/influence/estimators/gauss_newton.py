@@ -7,14 +7,16 @@ from torch import Tensor
 
 from workers.influence.estimators.base import CurvatureEstimator
 from workers.influence.estimators.parameters import parameter
-from workers.influence.estimators.training import TrainingGradients
+from workers.influence.estimators.training import TrainingGradients, check_gram_size
+from workers.influence.layers import ModuleSpec
 
 
 @dataclass(frozen=True)
 class GaussNewton(CurvatureEstimator):
     """v_jᵀ (GᵀG/n + λ I)⁻¹ g_i with λ = damping · mean_k ‖g_k‖² / d, by one Cholesky per module.
 
-    The matrix has d rows and columns, whatever the number of samples.
+    The matrix has d rows and columns, whatever the number of samples; memory holds the sum GᵀG and
+    one more matrix of its size, which becomes the factor.
     """
 
     name = "gauss_newton"
@@ -26,10 +28,24 @@ class GaussNewton(CurvatureEstimator):
 
     damping: float = parameter(0.1, minimum=1e-4, maximum=100.0)
 
+    def check_size(self, spec: ModuleSpec) -> None:
+        check_gram_size(spec)
+
     def precondition(
         self, validation_Vd: Tensor, training: TrainingGradients, damping: float
     ) -> Tensor:
-        curvature_dd = training.gram() / training.num_samples
-        curvature_dd.diagonal().add_(damping)
-        factor_dd = torch.linalg.cholesky(curvature_dd)
-        return torch.cholesky_solve(validation_Vd.T, factor_dd).T
+        # symmetric, and the other way round as LAPACK wants it: else it would be copied once more
+        factor_dd = (training.gram() / training.num_samples).mT
+        factor_dd.diagonal().add_(damping)
+        with training.uninterrupted():
+            torch.linalg.cholesky(factor_dd, out=factor_dd)
+        # cholesky_solve would copy the factor
+        with training.uninterrupted():
+            half_Vd = torch.linalg.solve_triangular(
+                factor_dd.mT, validation_Vd, upper=True, left=False
+            )
+        with training.uninterrupted():
+            query_Vd: Tensor = torch.linalg.solve_triangular(
+                factor_dd, half_Vd, upper=False, left=False
+            )
+        return query_Vd

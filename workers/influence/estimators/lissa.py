@@ -13,6 +13,7 @@ from workers.influence.estimators.training import TrainingGradients
 _POWER_STEPS = 10
 _POWER_ROWS = 8
 _SAFETY = 1.05
+_TOLERANCE = 1e-9  # of a query, which is handed on in float32
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class LiSSA(CurvatureEstimator):
     r ← v + r − (1/σ) (mean_k (g_k·r) g_k + λ r) from r = v, `steps` times; the query is r/σ, which
     tends to (GᵀG/n + λ I)⁻¹ v. λ = damping · mean_k ‖g_k‖² / d, and σ is the largest eigenvalue of
     the bracket, taken a little too large, for with less than half of it the series diverges.
+
+    The steps end early where all that remain would change no query by more than 1e-9 of its length:
+    every change is shorter than the one before it, by λ/σ at least.
     """
 
     name = "lissa"
@@ -39,8 +43,15 @@ class LiSSA(CurvatureEstimator):
         multiply = _multiplication(training)
         scale = _largest_eigenvalue(multiply, training, validation_Vd.device) + damping
         r_Vd = validation_Vd
-        for _ in range(self.steps):
-            r_Vd = validation_Vd + r_Vd - (multiply(r_Vd) + damping * r_Vd) / scale
+        for step in range(1, self.steps + 1):
+            training.keep_alive()
+            change_Vd = validation_Vd - (multiply(r_Vd) + damping * r_Vd) / scale
+            r_Vd = r_Vd + change_Vd
+            # the sum of a geometric series, or of as many equal terms
+            num_changes = min(self.steps - step, scale / damping)
+            rest_V = num_changes * torch.linalg.vector_norm(change_Vd, dim=1)
+            if bool((rest_V <= _TOLERANCE * torch.linalg.vector_norm(r_Vd, dim=1)).all()):
+                break
         return r_Vd / scale
 
 
@@ -77,6 +88,7 @@ def _largest_eigenvalue(
     ).to(device)
     basis_Kd = torch.linalg.qr(start_Kd.T).Q.T
     for _ in range(_POWER_STEPS):
+        training.keep_alive()
         basis_Kd = torch.linalg.qr(multiply(basis_Kd).T).Q.T
     ritz_KK = multiply(basis_Kd) @ basis_Kd.T
     estimate = float(torch.linalg.eigvalsh((ritz_KK + ritz_KK.T) / 2)[-1])

@@ -23,6 +23,8 @@ class TracIn(CheckpointEstimator):
                 f"tracin needs at least {_MIN_CHECKPOINTS} checkpoints, not {len(learning_rates)}."
             )
         for rate in learning_rates:
-            if not (rate > 0 and math.isfinite(rate)):
+            if not (rate >= 0 and math.isfinite(rate)):
                 raise ValueError(f"a learning rate of {rate:g} is no weight of a checkpoint.")
+        if not any(learning_rates):
+            raise ValueError("tracin needs a checkpoint with a learning rate above 0.")
         return [float(rate) for rate in learning_rates]

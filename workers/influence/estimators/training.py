@@ -4,6 +4,7 @@ Shapes: B a block of training samples, d entries of the module.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,6 +23,29 @@ _WIDE_ENTRIES = 2**22
 _MIN_WIDE_ROWS = 64
 
 
+def _do_nothing() -> None:
+    pass
+
+
+def check_gram_size(spec: ModuleSpec, *, max_bytes: int = MAX_GRAM_BYTES) -> None:
+    """Check that a [d, d] matrix of a module can be held.
+
+    Raises:
+        InsufficientMemory: it takes more than `max_bytes`; says what to change.
+    """
+    if _gram_bytes(spec) > max_bytes:
+        raise InsufficientMemory(
+            f"module '{spec.name}' has {spec.num_parameters:,} parameters, and its exact curvature "
+            f"takes {_gram_bytes(spec) / 1e9:.1f} GB (at most {max_bytes / 1e9:.1f} GB). Use "
+            "adapters of a lower rank, a smaller projection dimension, or the estimator datainf or "
+            "ekfac."
+        )
+
+
+def _gram_bytes(spec: ModuleSpec) -> int:
+    return _FLOAT64 * spec.num_parameters**2
+
+
 @dataclass(eq=False)
 class TrainingGradients:
     """One module's gradients g_k of ALL training samples, and what is known of them.
@@ -33,6 +57,11 @@ class TrainingGradients:
         kronecker: the sums that EK-FAC makes the eigenbasis of; None where there are none.
         blocks: gives a fresh iterator over the gradients, float32 [B, d], in a fixed order.
         max_gram_bytes: how much one [d, d] matrix may take.
+        keep_alive: called often while an estimator works, whatever the blocks do: in every step of
+            an iteration, between the panels of a large product, before and after a decomposition.
+            What it raises ends the work.
+        silence: gives the context of a single step that takes long and cannot be interrupted: a
+            decomposition, or the solution of a triangular system.
     """
 
     num_samples: int
@@ -41,6 +70,18 @@ class TrainingGradients:
     kronecker: KroneckerSums | None
     blocks: Callable[[], Iterator[Tensor]] = field(repr=False)
     max_gram_bytes: int = MAX_GRAM_BYTES
+    keep_alive: Callable[[], None] = field(default=_do_nothing, repr=False, kw_only=True)
+    silence: Callable[[], AbstractContextManager[None]] = field(
+        default=nullcontext, repr=False, kw_only=True
+    )
+
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """Hold the context of one step within which `keep_alive` cannot be called."""
+        self.keep_alive()
+        with self.silence():
+            yield
+        self.keep_alive()
 
     @property
     def mean_eigenvalue(self) -> float:
@@ -64,7 +105,7 @@ class TrainingGradients:
     @property
     def fits_gram(self) -> bool:
         """Whether `gram` is small enough to be held."""
-        return self._gram_bytes <= self.max_gram_bytes
+        return _gram_bytes(self.spec) <= self.max_gram_bytes
 
     def gram(self) -> Tensor:
         """Return GᵀG, float64 [d, d], summed in one pass and kept.
@@ -72,18 +113,8 @@ class TrainingGradients:
         Raises:
             InsufficientMemory: it is larger than `max_gram_bytes`.
         """
-        if not self.fits_gram:
-            raise InsufficientMemory(
-                f"module '{self.spec.name}' has {self.spec.num_parameters:,} parameters, and its "
-                f"exact curvature takes {self._gram_bytes / 1e9:.1f} GB (at most "
-                f"{self.max_gram_bytes / 1e9:.1f} GB). Use adapters of a lower rank, a smaller "
-                "projection dimension, or the estimator datainf or ekfac."
-            )
+        check_gram_size(self.spec, max_bytes=self.max_gram_bytes)
         return self._gram
-
-    @property
-    def _gram_bytes(self) -> int:
-        return _FLOAT64 * self.spec.num_parameters**2
 
     @cached_property
     def _gram(self) -> Tensor:
@@ -94,12 +125,14 @@ class TrainingGradients:
                 gram_dd = block_Bd.new_zeros(d, d)
             # the panels on and above the diagonal: half of a symmetric product
             for start in range(0, d, _PANEL):
+                self.keep_alive()
                 gram_dd[start : start + _PANEL, start:].addmm_(
                     block_Bd[:, start : start + _PANEL].T, block_Bd[:, start:]
                 )
         if gram_dd is None:
             return torch.zeros(d, d, dtype=torch.float64)
         for start in range(0, d, _PANEL):
+            self.keep_alive()
             stop = start + _PANEL
             gram_dd[stop:, start:stop] = gram_dd[start:stop, stop:].T
         return gram_dd

@@ -167,13 +167,14 @@ def sparse_rows(
     sample_R, place_R = mask_BS.nonzero(as_tuple=True)
     key_R = sample_R * vocabulary + input_ids_BS[sample_R, place_R]
     key_P, row_R, count_P = key_R.unique(return_inverse=True, return_counts=True)
-    gradient_RH = gradient_BSH[sample_R, place_R].float()
+    # in float64, so that the order of the sum, which a GPU leaves open, is lost in the rounding
+    gradient_RH = gradient_BSH[sample_R, place_R].double()
     value_PH = gradient_RH.new_zeros(len(key_P), gradient_RH.shape[1])
     return SparseRows(
         num_samples=len(input_ids_BS),
         num_parameters=vocabulary * gradient_RH.shape[1],
         sample_P=key_P // vocabulary,
         token_P=key_P % vocabulary,
-        value_PH=value_PH.index_add_(0, row_R, gradient_RH),
+        value_PH=value_PH.index_add_(0, row_R, gradient_RH).float(),
         count_P=count_P,
     )
