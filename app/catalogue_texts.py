@@ -32,8 +32,8 @@ ESTIMATOR_TEXTS: dict[str, Text] = {
     ),
     "datainf": Text(
         "(1/λ) [v_j·g_i − (1/n) Σ_k (v_j·g_k)(g_k·g_i) / (λ + ‖g_k‖²)]",
-        "A closed-form inverse Hessian for adapters (Kwon et al. 2024). Use it on language models, "
-        "with rank or vote: among the best there, and cheaper than gauss_newton.",
+        "A closed-form inverse Hessian for adapters (Kwon et al. 2024). Use it with rank, where "
+        "modules are too large for gauss_newton and you want no Kronecker factors.",
     ),
     "datainf_self": Text(
         "(v_j · g_i) / ‖g_i‖² · d / (0.1 + d)",
@@ -47,15 +47,16 @@ ESTIMATOR_TEXTS: dict[str, Text] = {
     ),
     "gauss_newton": Text(
         "v_jᵀ (GᵀG/n + λ I)⁻¹ g_i",
-        "The curvature of every module, inverted exactly. Use it on language models with adapters "
-        "of low rank, with rank over all layers. It grows with the square of a module's "
-        "parameters: for large modules use ekfac or datainf.",
+        "The curvature of every module, inverted exactly. Use it on language models that tell "
+        "classes, with rank over all layers: the best single choice there. It grows with the "
+        "square of a module's parameters: for large modules use ekfac or datainf.",
     ),
     "ekfac": Text(
         "⟨Q_S [(Q_Sᵀ V_j Q_A) / (Λ + λ)] Q_Aᵀ, G_i⟩, Λ = mean_k (Q_Sᵀ G_k Q_A)², with the "
         "eigenvectors Q_A of Σ x xᵀ and Q_S of Σ g gᵀ over all tokens",
-        "The curvature in the eigenbasis of its Kronecker factors (Grosse et al. 2023). Use it "
-        "where modules are too large for gauss_newton, with rank.",
+        "The curvature in the eigenbasis of its Kronecker factors (Grosse et al. 2023). Use it on "
+        "causal language models, with mean over the middle blocks, and wherever you want one "
+        "choice that was near the best everywhere; sides above 8,192 become diagonal.",
     ),
     "tracin": Text(
         "Σ_c η_c v_j^c · g_i^c over checkpoints c with learning rates η_c",

@@ -1,5 +1,6 @@
 """The real servers, once per test process; every test starts on empty tables."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from app.embedded import EmbeddedServers, embedded_postgres, embedded_valkey
 from app.jobs import make_celery
 from app.migrate import migrate
 from app.settings import Settings
+
+# Tests run in several processes, and tiny models gain nothing from threads, which would only wait
+# for one another. Set before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

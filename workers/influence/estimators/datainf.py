@@ -23,8 +23,8 @@ class DataInf(CurvatureEstimator):
 
     name = "datainf"
     description = (
-        "Takes the curvature of the loss into account: strongest on language models with LoRA, "
-        "aggregated by rank or vote; a second pass over the training set."
+        "Takes the curvature of the loss into account in closed form: for adapters, aggregated by "
+        "rank; a second pass over the training set."
     )
 
     damping: float = parameter(0.1, minimum=1e-4, maximum=100.0)

@@ -52,9 +52,8 @@ class EKFAC(CurvatureEstimator):
 
     name = "ekfac"
     description = (
-        "The inverse curvature in the eigenbasis of its Kronecker factors: for full-parameter "
-        "modules that are too large for gauss_newton, aggregated by rank; a second pass over the "
-        "training set."
+        "The inverse curvature in the eigenbasis of its Kronecker factors: the best on causal "
+        "language models, by mean over the middle blocks; a second pass over the training set."
     )
     needs_kronecker = True
 

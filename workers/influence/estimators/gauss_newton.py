@@ -22,8 +22,8 @@ class GaussNewton(CurvatureEstimator):
     name = "gauss_newton"
     description = (
         "The exact inverse curvature of every module: the best single choice on language models "
-        "with LoRA of low rank, aggregated by rank over all layers; a second pass over the "
-        "training set."
+        "that tell classes, aggregated by rank over all layers; a second pass over the training "
+        "set."
     )
 
     damping: float = parameter(0.1, minimum=1e-4, maximum=100.0)
