@@ -13,8 +13,9 @@ from workers.pipeline.runtime import Runtime
 from workers.pipeline.samples import SampleSet
 
 NUM_SAMPLES = 4
-# relative to the length of a sample's gradient; rounding alone gives some 1e-6 in float32
-WARN_ABOVE = {"float32": 1e-4, "bfloat16": 0.02, "float16": 0.005}
+# relative to the length of a sample's gradient; rounding alone gives 1e-6 in a shallow model in
+# float32 and 2e-4 in one of 30 blocks
+WARN_ABOVE = {"float32": 1e-3, "bfloat16": 0.02, "float16": 0.005}
 REFUSE_ABOVE = {"float32": 1e-2, "bfloat16": 0.25, "float16": 0.1}
 MAX_NAMED = 5
 
