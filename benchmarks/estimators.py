@@ -34,12 +34,14 @@ def main() -> None:
     parser.add_argument("--num-train", type=int, default=1000)
     parser.add_argument("--num-validation", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=sorted(ESTIMATORS), help="these alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = [
         name
         for name, estimator in ESTIMATORS.items()
         if estimator.kind != "baseline" and "checkpoints" not in estimator.needs
+        if name == BASE or not options.only or name in options.only
     ]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with local_worker(torch_threads=1) as worker:
