@@ -1,115 +1,66 @@
-"""What each further estimator costs: time of the gradient and influence stages of whole audits.
+"""What each further dot-product-like estimator adds to the gradient and influence stage.
 
-One audit with grad_dot alone, then one for every other estimator beside it, on the same adapter of
-MiniLM (LoRA, r = 4, query and value), film reviews, one thread; CPU seconds of the stages
-validation to influence, the median of several rounds. Gradients are computed once however many
-estimators an audit has, so the difference is what an estimator adds.
+The same pass as benchmarks.gradients: MiniLM-L6 with LoRA (r = 4, query and value), one thread, CPU
+seconds. Gradients and their dot products with the validation gradients are computed once, however
+many estimators an audit has; each estimator's own arithmetic on them is timed beside it.
 
 Run it: `.venv/bin/python -m benchmarks.estimators`
 """
 
 import argparse
-import csv
-import random
-import statistics
 import time
-from typing import Any
+from collections import defaultdict
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from app.catalogue import ESTIMATORS
-from app.work.models import Stage
-from benchmarks.local_worker import LocalWorker, local_worker
-from benchmarks.memory import MODEL, REVIEWS, write_adapter
+from benchmarks.gradients import build_batches, build_model, dense_rows, load_samples
+from workers.influence.estimators import ESTIMATORS, DotEstimator
+from workers.influence.gradients import GradientExtractor
+from workers.influence.rows import DenseRows
+from workers.pipeline.shard_influence import row_statistics
 
-TIMED = {Stage.VALIDATION, Stage.GRADIENTS, Stage.CURVATURE, Stage.INFLUENCE}
-BASE = "grad_dot"
+STAGE = "gradients and dot products"
 
 
 def main() -> None:
-    """Measure every estimator and print the table."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-train", type=int, default=1000)
-    parser.add_argument("--num-validation", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=sorted(ESTIMATORS), help="these alone")
+    parser.add_argument("--num-train", type=int, default=500)
+    parser.add_argument("--num-validation", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=128)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    names = [
-        name
-        for name, estimator in ESTIMATORS.items()
-        if estimator.kind != "baseline" and "checkpoints" not in estimator.needs
-        if name == BASE or not options.only or name in options.only
+    _, texts, labels = load_samples()
+    split = options.num_validation
+    extractor = GradientExtractor(build_model())
+    held = build_batches(texts[:split], labels[:split], max_samples=options.batch_size)
+    validation = [
+        DenseRows(rows)
+        for rows in dense_rows([extractor.extract(*each).gradients for each in held])
     ]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    with local_worker(torch_threads=1) as worker:
-        request = prepare(worker, options.num_train, options.num_validation)
-        for _ in range(options.rounds):
-            for name in names:
-                seconds[name].append(measure(worker, {**request, **estimators(name)}))
-    base = statistics.median(seconds[BASE])
-    table = Table(
-        title=f"{options.num_train:,} training × {options.num_validation} validation samples, "
-        f"beside {BASE}"
-    )
-    for heading in ("estimator", "CPU s, median", "min to max", f"relative to {BASE} alone"):
-        table.add_column(heading, justify="left" if heading == "estimator" else "right")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        table.add_row(
-            name,
-            f"{median:.2f}",
-            f"{min(values):.2f} to {max(values):.2f}",
-            f"{median / base:.2f}",
-        )
+    known = [row_statistics(rows, with_sums=True) for rows in validation]
+    end = split + options.num_train
+    seconds: dict[str, float] = defaultdict(float)
+    estimators = [each for each in ESTIMATORS.values() if isinstance(each, DotEstimator)]
+    for batch in build_batches(texts[split:end], labels[split:end], max_samples=options.batch_size):
+        started = time.process_time()
+        gradients = extractor.extract(*batch).gradients
+        dots = [one.dot(other) for one, other in zip(validation, gradients, strict=True)]
+        seconds[STAGE] += time.process_time() - started
+        for estimator in estimators:
+            started = time.process_time()
+            for module, rows in enumerate(gradients):
+                train = row_statistics(rows, with_sums=estimator.needs_entry_sums)
+                estimator.influence(dot_VB=dots[module], validation=known[module], train=train)
+            seconds[estimator.name] += time.process_time() - started
+    table = Table(title=f"{options.num_train} training × {split} validation samples")
+    for heading in ("what", "CPU s", "of the stage"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    for name, spent in seconds.items():
+        table.add_row(name, f"{spent:.2f}", f"{100 * spent / seconds[STAGE]:.1f} %")
     Console(width=100).print(table)
-
-
-def prepare(worker: LocalWorker, num_train: int, num_validation: int) -> dict[str, Any]:
-    """Write adapter and tables and return the request of the audits."""
-    write_adapter(worker.folder / "adapter")
-    with REVIEWS.open(newline="") as file:
-        rows = [(row["text"], int(row["label"])) for row in csv.DictReader(file)]
-    rows = [row for row in rows if row[0].strip()]
-    random.Random(0).shuffle(rows)
-    parts = {"validation": rows[:num_validation], "train": rows[num_validation:][:num_train]}
-    sources = {
-        name: {
-            "reference": worker.table(
-                name, {"text": [text for text, _ in part], "label": [label for _, label in part]}
-            )
-        }
-        for name, part in parts.items()
-    }
-    return {
-        "model": {
-            "reference": MODEL.as_uri(),
-            "adapter": (worker.folder / "adapter").as_uri(),
-        },
-        "max_tokens": 128,
-        **sources,
-    }
-
-
-def estimators(name: str) -> dict[str, Any]:
-    """Return the part of a request that asks for an estimator beside the base."""
-    return {"estimators": [BASE, name], "ranking": {"estimator": BASE}, "aggregations": ["mean"]}
-
-
-def measure(worker: LocalWorker, request: dict[str, Any]) -> float:
-    """Do an audit and return the CPU seconds of the timed stages."""
-    total, last = 0.0, time.process_time()
-
-    def after(stage: Stage) -> None:
-        nonlocal total, last
-        now = time.process_time()
-        total += (now - last) * (stage in TIMED)
-        last = now
-
-    worker.run(request, after_unit=after)
-    return total
 
 
 if __name__ == "__main__":
