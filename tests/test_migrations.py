@@ -60,7 +60,7 @@ def test_samples_without_labels_outlive_a_way_back(empty: Engine) -> None:
     with empty.begin() as connection:
         connection.execute(text("SET session_replication_role = replica"))  # no audit is needed
         connection.execute(text(row))
-    migrate(empty, "-1")
+    migrate(empty, "0001")
     with empty.connect() as connection:
         labels = "SELECT given_label, predicted_label FROM training_samples"
         assert connection.execute(text(labels)).all() == [("", "")]

@@ -6,8 +6,11 @@ from pathlib import Path
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from app.audits.fitting import Path as FieldPath
+from app.audits.fitting import named_estimators
 from app.audits.model_folders import gguf_files, has_chat_template
 from app.audits.schemas import AuditRequest, DatasetSource, Task
+from app.audits.verification_schemas import ArmName
 from app.catalogue import ESTIMATORS
 from app.datasets.columns import columns_by_header, default_columns
 from app.datasets.files import ColumnNames, DatasetError, FileFormat, guess_format
@@ -54,13 +57,13 @@ def check_request(
             )
             for name, source in _sources(request)
         }
-    if "validation" in filled:
-        filled["validation"] = _without_noise(filled["validation"])
+    for name in filled.keys() - {"train"}:
+        filled[name] = _without_noise(filled[name])
     checked = request.model_copy(update=filled)
     _check_kind(checked)
     _check_template(settings, checked)
     _check_noise(request, checked)
-    return checked
+    return _with_arms(checked)
 
 
 def _sources(request: AuditRequest) -> Iterator[tuple[str, DatasetSource]]:
@@ -68,10 +71,21 @@ def _sources(request: AuditRequest) -> Iterator[tuple[str, DatasetSource]]:
     yield "train", request.train
     if request.validation is not None:
         yield "validation", request.validation
+    if request.test is not None:
+        yield "test", request.test
+
+
+def _with_arms(checked: AuditRequest) -> AuditRequest:
+    """Return the request with the arms of its verification named."""
+    if checked.verify is None:
+        return checked
+    arms = checked.verify.arms_of(task=checked.task, knows_noise=_knows_noise(checked))
+    verify = checked.verify.model_copy(update={"arms": arms})
+    return checked.model_copy(update={"verify": verify})
 
 
 def _without_noise(source: DatasetSource) -> DatasetSource:
-    """Return the validation set without its upload's column of known noise: it is trusted."""
+    """Return a trusted set without its upload's column of known noise."""
     if source.columns is None:
         return source
     columns = source.columns.model_copy(update={"noise": None})
@@ -246,15 +260,24 @@ def _check_noise(request: AuditRequest, checked: AuditRequest) -> None:
             "The upload of the training set has a column of known noise, and plant_noise adds "
             "more. Leave out plant_noise, or give train.columns without noise.",
         )
-    if request.plant_noise or has_noise_column:
+    if _knows_noise(checked):
         return
-    pointers = [f"#/estimators/{place}" for place in range(len(request.estimators))]
-    asked = [*zip(pointers, request.estimators, strict=True)]
-    asked.append(("#/ranking/estimator", request.ranking.estimator))
-    for pointer, name in asked:
-        if "known_noise" in ESTIMATORS[name].needs:
-            raise InvalidRequest.at(
-                pointer,
-                f"The estimator {name.value} needs known noise: name its column in "
-                "train.columns.noise, or let plant_noise flip labels.",
-            )
+    asked: list[tuple[FieldPath, str]] = [
+        (path, f"estimator {name.value}")
+        for path, name in named_estimators(request)
+        if "known_noise" in ESTIMATORS[name].needs
+    ]
+    for place, arm in enumerate((request.verify and request.verify.arms) or ()):
+        if arm is ArmName.ORACLE:
+            asked.append((("verify", "arms", place), f"arm {arm.value}"))
+    for path, what in asked:
+        raise InvalidRequest.at(
+            "/".join(("#", *map(str, path))),
+            f"The {what} needs known noise: name its column in train.columns.noise, or let "
+            "plant_noise flip labels.",
+        )
+
+
+def _knows_noise(checked: AuditRequest) -> bool:
+    columns = checked.train.columns
+    return checked.plant_noise is not None or bool(columns and columns.noise)

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from app.audits.verification_schemas import ArmName
 from app.catalogue import ESTIMATORS, EstimatorName
 from app.errors import FieldConflict
 
 if TYPE_CHECKING:
-    from app.audits.schemas import AuditRequest
+    from app.audits.schemas import AuditRequest, RankingSpecification
 
 MAX_METADATA_KEYS = 50
 MIN_CHECKPOINTS = 2
@@ -25,7 +26,9 @@ def check_fits_together(request: "AuditRequest") -> None:
     """
     _check_model(request)
     _check_columns(request)
-    _check_layers(request)
+    _check_verification(request)
+    for path, ranking in named_rankings(request):
+        _check_layers(request, path, ranking)
     for path, name in named_estimators(request):
         _check_needs(request, path, name)
     _check_parameters(request)
@@ -37,7 +40,15 @@ def named_estimators(request: "AuditRequest") -> Iterator[tuple[Path, EstimatorN
     """Yield every estimator that the request names, and where."""
     for place, name in enumerate(request.estimators):
         yield ("estimators", place), name
-    yield ("ranking", "estimator"), request.ranking.estimator
+    for path, ranking in named_rankings(request):
+        yield (*path, "estimator"), ranking.estimator
+
+
+def named_rankings(request: "AuditRequest") -> Iterator[tuple[Path, "RankingSpecification"]]:
+    """Yield the audit's own ranking and those that are verified beside it, and where."""
+    yield ("ranking",), request.ranking
+    for place, ranking in enumerate(request.verify.rankings if request.verify else ()):
+        yield ("verify", "rankings", place), ranking
 
 
 def _check_model(request: "AuditRequest") -> None:
@@ -70,7 +81,8 @@ def _check_model(request: "AuditRequest") -> None:
 
 
 def _check_columns(request: "AuditRequest") -> None:
-    for name, source in (("train", request.train), ("validation", request.validation)):
+    sources = {"train": request.train, "validation": request.validation, "test": request.test}
+    for name, source in sources.items():
         if source is None or source.columns is None:
             continue
         is_labelled = source.columns.kind == "classification"
@@ -81,11 +93,13 @@ def _check_columns(request: "AuditRequest") -> None:
                 f"prompt and completion, or messages; {name}.columns does not fit task "
                 f"{request.task}",
             )
-    if request.validation and request.validation.columns and request.validation.columns.noise:
-        raise FieldConflict(
-            *("validation", "columns", "noise"),
-            message="the validation set is trusted: leave out validation.columns.noise",
-        )
+    for name in ("validation", "test"):
+        source = sources[name]
+        if source and source.columns and source.columns.noise:
+            raise FieldConflict(
+                *(name, "columns", "noise"),
+                message=f"the {name} set is trusted: leave out {name}.columns.noise",
+            )
     if request.plant_noise and request.train.columns and request.train.columns.noise:
         raise FieldConflict(
             "plant_noise",
@@ -94,54 +108,88 @@ def _check_columns(request: "AuditRequest") -> None:
         )
 
 
-def _check_layers(request: "AuditRequest") -> None:
-    ranking = request.ranking
+def _check_verification(request: "AuditRequest") -> None:
+    verify, test = request.verify, request.test
+    if verify is None:
+        if test is not None:
+            raise FieldConflict(
+                "test", message="only verify reads the test set; add verify, or leave out test"
+            )
+        return
+    if test is None:
+        raise FieldConflict(
+            "test", message="verify measures on a test set that took no part: name one in test"
+        )
+    if request.fine_tune is None:
+        raise FieldConflict(
+            "fine_tune",
+            message="verify fine-tunes again from where the audit did, and this audit does not "
+            "fine-tune; add fine_tune and name the base model, or leave out verify",
+        )
+    others = {"train": request.train, "validation": request.validation}
+    for name, source in others.items():
+        if source is not None and source.reference == test.reference:
+            raise FieldConflict(
+                *("test", "reference"),
+                message=f"the test set takes no part in the audit, but this is {name}.reference; "
+                "name a set of other samples",
+            )
+    if request.task != "classification" and ArmName.RELABELLED in (verify.arms or ()):
+        raise FieldConflict(
+            *("verify", "arms", (verify.arms or []).index(ArmName.RELABELLED)),
+            message="relabelled needs classes, which a causal language model does not have; leave "
+            "it out",
+        )
+
+
+def _check_layers(request: "AuditRequest", path: Path, ranking: "RankingSpecification") -> None:
+    name = ".".join(map(str, path))
     estimator = ESTIMATORS[ranking.estimator]
     parts = ranking.layers.split(",")
     for part in parts:
         first, _, last = part.partition("-")
         if last and int(last) < int(first):
             raise FieldConflict(
-                *("ranking", "layers"),
+                *(*path, "layers"),
                 message=f"the layers {part} end before they begin; write {last}-{first}",
             )
     if not estimator.has_layers and ranking.layers != "all":
         raise FieldConflict(
-            *("ranking", "layers"),
-            message=f"ranking.estimator {ranking.estimator.value} has no layers; set "
-            "ranking.layers to all",
+            *(*path, "layers"),
+            message=f"{name}.estimator {ranking.estimator.value} has no layers; set "
+            f"{name}.layers to all",
         )
     if "word_embeddings" in estimator.needs and ranking.layers != "WE":
         raise FieldConflict(
-            *("ranking", "layers"),
-            message=f"ranking.estimator {ranking.estimator.value} looks at the word embeddings "
-            "alone; set ranking.layers to WE",
+            *(*path, "layers"),
+            message=f"{name}.estimator {ranking.estimator.value} looks at the word embeddings "
+            f"alone; set {name}.layers to WE",
         )
     elsewhere = [part for part in parts if part in {"CL", "WE"}]
     if "hidden_states" in estimator.needs and elsewhere:
         raise FieldConflict(
-            *("ranking", "layers"),
-            message=f"ranking.estimator {ranking.estimator.value} compares what the transformer "
-            f"blocks put out, and has no layers {' and '.join(elsewhere)}; set ranking.layers to "
+            *(*path, "layers"),
+            message=f"{name}.estimator {ranking.estimator.value} compares what the transformer "
+            f"blocks put out, and has no layers {' and '.join(elsewhere)}; set {name}.layers to "
             "all, to a block (04) or to a range of blocks (02-03)",
         )
     if "WE" in parts and "word_embeddings" not in estimator.needs:
-        _check_word_embeddings(request)
+        _check_word_embeddings(request, path, ranking.estimator)
 
 
-def _check_word_embeddings(request: "AuditRequest") -> None:
-    name = request.ranking.estimator
+def _check_word_embeddings(request: "AuditRequest", path: Path, name: EstimatorName) -> None:
+    field = ".".join(map(str, path))
     if not _NEEDS_OTHER_MODULES.isdisjoint(ESTIMATORS[name].needs):
         raise FieldConflict(
-            *("ranking", "layers"),
-            message=f"ranking.estimator {name.value} does not look at the word embeddings; leave "
-            "WE out of ranking.layers, or rank by grad_dot, grad_cosine or tracin_we",
+            *(*path, "layers"),
+            message=f"{field}.estimator {name.value} does not look at the word embeddings; leave "
+            f"WE out of {field}.layers, or rank by grad_dot, grad_cosine or tracin_we",
         )
     if not request.model.word_embeddings:
         raise FieldConflict(
-            *("ranking", "layers"),
+            *(*path, "layers"),
             message="the gradients of the word embeddings are not taken; set "
-            "model.word_embeddings to true, or leave WE out of ranking.layers",
+            f"model.word_embeddings to true, or leave WE out of {field}.layers",
         )
 
 

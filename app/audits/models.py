@@ -30,6 +30,7 @@ class AuditState(StrEnum):
     FINE_TUNING = "fine_tuning"
     COMPUTING = "computing"
     AGGREGATING = "aggregating"
+    VERIFYING = "verifying"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"

@@ -49,8 +49,9 @@ def uses_dataset(session: Session, tenant: str, reference: str) -> bool:
     """Return whether an audit that has not ended reads the dataset."""
     reads = Audit.request["train"]["reference"].as_string() == reference
     validates = Audit.request["validation"]["reference"].as_string() == reference
+    tests = Audit.request["test"]["reference"].as_string() == reference
     statement = select(Audit.id).where(
-        Audit.tenant == tenant, Audit.finished_at.is_(None), reads | validates
+        Audit.tenant == tenant, Audit.finished_at.is_(None), reads | validates | tests
     )
     return session.scalars(statement.limit(1)).first() is not None
 

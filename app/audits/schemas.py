@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from app.audits.fitting import check_fits_together
+from app.audits.verification_schemas import Verify
 from app.catalogue import AggregationName, EstimatorName
 from app.datasets.files import ColumnNames
 
@@ -180,6 +181,9 @@ class Flag(Strict):
         return min(self.count or 0, num_train)
 
 
+Verify.model_rebuild()  # it names RankingSpecification
+
+
 class AuditRequest(Strict):
     """Everything that decides an audit; with the resolved revisions it reproduces it."""
 
@@ -194,6 +198,10 @@ class AuditRequest(Strict):
         None,
         description="A small, trusted set that stands for the behaviour you want. Only "
         "self_influence, loss, random and oracle do without.",
+    )
+    test: DatasetSource | None = Field(
+        None,
+        description="What verify measures on: a set that takes no part in anything else.",
     )
     fine_tune: FineTune | None = Field(
         None, description="Fine-tune first. Leave out for a model that is fine-tuned already."
@@ -225,6 +233,11 @@ class AuditRequest(Strict):
     flag: Flag = Field(
         default_factory=lambda: Flag(fraction=0.1, count=None),
         description="Which of the lowest-scored samples are flagged. Default: a tenth.",
+    )
+    verify: Verify | None = Field(
+        None,
+        description="Fine-tune again without the suspects, and compare on the test set. Needs "
+        "fine_tune and test.",
     )
     max_tokens: int = Field(256, ge=8, le=8192, description="Longer texts are cut to this.")
     precision: Literal["float32", "bfloat16", "float16"] = Field(

@@ -21,6 +21,8 @@ class Stage(StrEnum):
     CURVATURE = "curvature"
     INFLUENCE = "influence"
     AGGREGATE = "aggregate"
+    VERIFY = "verify"
+    CONCLUDE = "conclude"
 
 
 class UnitState(StrEnum):

@@ -138,13 +138,14 @@ def complete(session: Session, held: Claim, *, result: dict[str, Any]) -> list[s
     )
     if session.scalar(open_units):
         return []
-    following = next_stage(audit.request, held.stage)
-    if following is None:
-        audit.progress = 1.0
-        finish(audit, AuditState.SUCCEEDED)
-        return []
-    count = num_units(following, audit.provenance)
-    return add_units(session, audit.id, following, count=count)
+    following = held.stage
+    while later := next_stage(audit.request, following):
+        following = later
+        if count := num_units(following, audit.provenance):
+            return add_units(session, audit.id, following, count=count)
+    audit.progress = 1.0
+    finish(audit, AuditState.SUCCEEDED)
+    return []
 
 
 def add_units(session: Session, audit_id: str, stage: Stage, *, count: int = 1) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.audits.models import AuditState
+from app.audits.verification_schemas import num_trainings
 from app.catalogue import ESTIMATORS
 from app.work.models import Stage
 
@@ -16,9 +17,12 @@ STATE_OF_STAGE = {
     Stage.CURVATURE: AuditState.COMPUTING,
     Stage.INFLUENCE: AuditState.COMPUTING,
     Stage.AGGREGATE: AuditState.AGGREGATING,
+    Stage.VERIFY: AuditState.VERIFYING,
+    Stage.CONCLUDE: AuditState.VERIFYING,
 }
 
-# Shares of one epoch's work, as measured on the demo; fine-tuning counts once per epoch.
+# Shares of one epoch's work, as measured on the demo; fine-tuning counts once per epoch, in every
+# training of the verification too.
 _WEIGHT = {
     Stage.PREPARE: 0.05,
     Stage.FINE_TUNE: 1.0,
@@ -28,12 +32,16 @@ _WEIGHT = {
     Stage.CURVATURE: 0.1,
     Stage.INFLUENCE: 0.1,
     Stage.AGGREGATE: 0.15,
+    Stage.VERIFY: 1.0,
+    Stage.CONCLUDE: 0.01,
 }
 
 
 def stages_of(request: Mapping[str, Any]) -> list[Stage]:
     """Return the stages that a stored request goes through, in their order."""
-    names = {*request["estimators"], request["ranking"]["estimator"]}
+    verify = request.get("verify")
+    rankings = [request["ranking"], *(verify["rankings"] if verify else ())]
+    names = {*request["estimators"], *(ranking["estimator"] for ranking in rankings)}
     needs = {need for name in names for need in ESTIMATORS[name].needs}
     skipped = set()
     if not request.get("fine_tune"):
@@ -42,6 +50,8 @@ def stages_of(request: Mapping[str, Any]) -> list[Stage]:
         skipped.add(Stage.CHECKPOINTS)
     if "curvature" not in needs:
         skipped |= {Stage.CURVATURE, Stage.INFLUENCE}
+    if not verify:
+        skipped |= {Stage.VERIFY, Stage.CONCLUDE}
     return [stage for stage in Stage if stage not in skipped]
 
 
@@ -54,6 +64,8 @@ def num_units(stage: Stage, provenance: Mapping[str, Any]) -> int:
             return int(provenance["num_checkpoints"] * provenance["num_shards"])
         case Stage.CURVATURE:
             return int(provenance["num_module_blocks"])
+        case Stage.VERIFY:
+            return int(provenance["num_trainings"])
         case _:
             return 1
 
@@ -73,7 +85,11 @@ def overall_progress(request: Mapping[str, Any], stage: Stage, fraction: float) 
     checkpoints = epochs or len(request["model"].get("checkpoints") or ())
 
     def weight(of: Stage) -> float:
-        times = {Stage.FINE_TUNE: epochs, Stage.CHECKPOINTS: checkpoints}
+        times = {
+            Stage.FINE_TUNE: epochs,
+            Stage.CHECKPOINTS: checkpoints,
+            Stage.VERIFY: epochs * num_trainings(request),
+        }
         return _WEIGHT[of] * times.get(of, 1)
 
     stages = stages_of(request)

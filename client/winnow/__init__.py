@@ -19,6 +19,7 @@ from winnow.requests import (
     ModelSource,
     PlantNoise,
     RankingSpecification,
+    Verify,
 )
 from winnow.results import (
     Aggregation,
@@ -31,6 +32,8 @@ from winnow.results import (
     LayerTable,
     SampleDetail,
     Suspect,
+    Verification,
+    VerificationArm,
 )
 
 __version__ = version("winnow-client")
@@ -59,5 +62,8 @@ __all__ = [
     "SampleDetail",
     "ServiceUnreachable",
     "Suspect",
+    "Verification",
+    "VerificationArm",
+    "Verify",
     "WinnowError",
 ]

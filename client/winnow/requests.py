@@ -109,6 +109,19 @@ class Flag(Request):
     count: int | None = None
 
 
+class Verify(Request):
+    """Fine-tune again without the lowest-scored samples, and measure on the test set.
+
+    `arms` are of filtered, relabelled, full, random and oracle; each of `rankings` is one more.
+    """
+
+    fraction: float | None = None
+    seeds: list[int] | None = None
+    arms: list[str] | None = None
+    rankings: list[RankingSpecification] | None = None
+    confidence: float | None = None
+
+
 class AuditRequest(Request):
     """Everything that decides an audit; README.md explains every option.
 
@@ -120,6 +133,7 @@ class AuditRequest(Request):
     model: ModelSource
     train: DatasetSource
     validation: DatasetSource | None = None
+    test: DatasetSource | None = None
     fine_tune: FineTune | None = None
     plant_noise: PlantNoise | None = None
     estimators: list[str] | None = None
@@ -127,6 +141,7 @@ class AuditRequest(Request):
     aggregations: list[str] | None = None
     ranking: RankingSpecification | None = None
     flag: Flag | None = None
+    verify: Verify | None = None
     max_tokens: int | None = None
     precision: str | None = None
     max_nonfinite_fraction: float | None = None

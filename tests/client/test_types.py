@@ -21,6 +21,10 @@ ANSWERS = [
         "AuditError": app.audits.answers,
         "AuditResults": app.audits.answers,
         "Cancellation": app.audits.answers,
+        "Verification": app.audits.answers,
+        "VerificationArm": app.audits.answers,
+        "AgainstFull": app.audits.answers,
+        "SeedValues": app.audits.answers,
         "ProjectionReport": app.audits.answers,
         "ResultFile": app.audits.answers,
         "Detection": app.audits.answers,
@@ -48,6 +52,7 @@ REQUESTS = [
         "PlantNoise",
         "RankingSpecification",
         "Flag",
+        "Verify",
     )
 ]
 

@@ -1,4 +1,4 @@
-"""The last stage: scores, metrics, the ranking, and its publication in one transaction."""
+"""From influence to the ranking: scores, metrics, and the publication in one transaction."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from app.audits.models import Ranking
 from app.db import new_id
 from workers.influence.aggregation import lower_half
 from workers.influence.layer_groups import UnknownLayers
+from workers.pipeline.arms import plan_verification
 from workers.pipeline.artifacts import read_tensors
 from workers.pipeline.cancelling import describe_cancellation
 from workers.pipeline.checkpoints import finite_at_checkpoints
@@ -65,6 +66,18 @@ def aggregate(context: StageContext) -> StageOutput:
         num_flagged=num_flagged,
         related=related,
     )
+    provenance = {}
+    if request.verify is not None:
+        plan = plan_verification(
+            context,
+            request.verify,
+            train=train,
+            facts=facts,
+            scorer=scorer,
+            estimators=estimators,
+            score_T=scored.group_scores[ranking.layers],
+        )
+        provenance["num_trainings"] = len(plan.trainings)
     context.hold.keep_alive()
     files = write_files(ranked, artifacts.results)
     context.hold.keep_alive()  # who lost the lease leaves the files to the heir
@@ -128,6 +141,7 @@ def aggregate(context: StageContext) -> StageOutput:
                 "configurations": scored.configurations,
             }
         },
+        provenance=provenance,
         write=write,
     )
 

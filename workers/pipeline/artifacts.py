@@ -38,6 +38,7 @@ class Artifacts:
         self.root = data_dir / "audits" / audit_id
         self.train = self.root / "prepared" / "train.arrow"
         self.validation = self.root / "prepared" / "validation.arrow"
+        self.test = self.root / "prepared" / "test.arrow"
         self.prepared = self.root / "prepared" / "prepared.json"
         self.checkpoint = self.root / "fine_tune" / "checkpoint.safetensors"
         self.adapter = self.root / "fine_tune" / "adapter"
@@ -46,6 +47,8 @@ class Artifacts:
         self.hidden_states = self.root / "validation" / "hidden_states.safetensors"
         self.fitted = self.root / "validation" / "fitted.safetensors"
         self.modules = self.root / "validation" / "modules.json"
+        self.plan = self.root / "verify" / "plan.json"
+        self.kept_sets = self.root / "verify" / "kept.safetensors"
         self.results = self.root / "results"
         self._scratch = self.root / "scratch"
 
@@ -61,6 +64,14 @@ class Artifacts:
     def facts(self, shard: int) -> Path:
         """What a shard's forward and backward pass told of each sample."""
         return self.root / "facts" / f"{shard:05d}.safetensors"
+
+    def outcome(self, training: int) -> Path:
+        """What a model of the verification says of every test sample."""
+        return self.root / "verify" / "outcomes" / f"{training:05d}.safetensors"
+
+    def training_checkpoint(self, training: int) -> Path:
+        """Where a training of the verification stands."""
+        return self._scratch / "verify" / f"{training:05d}.safetensors"
 
     @property
     def ranks(self) -> Path:

@@ -66,6 +66,7 @@ class StageOutput:
         result: kept with the unit.
         provenance: merged into the audit's.
         columns: of the audit's row, by name.
+        summary: merged into the audit's.
         write: further writes of the stage, such as a COPY of results; done before the audit's
             row is locked.
     """
@@ -73,6 +74,7 @@ class StageOutput:
     result: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
     write: Callable[[Session], None] = lambda _: None
     seconds: float = 0.0
     stage: str = ""
@@ -84,3 +86,5 @@ class StageOutput:
         audit.timings = {**audit.timings, self.stage: round(total, 3)}
         for name, value in self.columns.items():
             setattr(audit, name, value)
+        if self.summary:
+            audit.summary = {**audit.summary, **self.summary}

@@ -20,7 +20,9 @@ class Wishes:
 def estimators_of(context: StageContext) -> list[Estimator]:
     """Return the estimators that an audit computes: the asked ones and the baselines."""
     request = context.request
-    asked = [*request.estimators, request.ranking.estimator, "loss", "random"]
+    verified = request.verify.rankings if request.verify else []
+    rankings = [request.ranking, *verified]
+    asked = [*request.estimators, *(ranking.estimator for ranking in rankings), "loss", "random"]
     if request.plant_noise or (request.train.columns and request.train.columns.noise):
         asked.append("oracle")
     parameters = {str(name): values for name, values in request.estimator_parameters.items()}

@@ -86,12 +86,20 @@ def _plain(value: object) -> object:
 
 @dataclass(frozen=True)
 class _Sources:
-    """Everything that the request refers to, brought here."""
+    """Everything that the request refers to, brought here.
+
+    Attributes:
+        trusted: validation and test set, as far as there are any, by field.
+    """
 
     model: ResolvedModel
     checkpoints: tuple[ResolvedModel, ...]
     train: Table
-    validation: Table | None
+    trusted: dict[str, Table]
+
+    def all(self) -> list[Table]:
+        """Return every table, the training set first."""
+        return [self.train, *self.trusted.values()]
 
 
 def prepare(context: StageContext) -> StageOutput:
@@ -100,18 +108,15 @@ def prepare(context: StageContext) -> StageOutput:
     with context.hold.silence():
         sources = _resolve(context)
     classes: tuple[Label, ...] = ()
-    validation_targets = None
     if request.task == "classification":
-        classes, train_targets, validation_targets = read_classes(
-            context, sources.model, sources.train, sources.validation
-        )
+        classes, targets = read_classes(context, sources.model, sources.train, sources.trusted)
     else:
-        scratch = artifacts.train.with_name("completions.arrow")
-        train_targets = read_completions(context, sources.train, scratch=scratch)
-        if sources.validation is not None:
-            validation_targets = read_completions(
-                context, sources.validation, scratch=scratch.with_stem("validation_completions")
+        targets = {
+            table.field: read_completions(
+                context, table, scratch=artifacts.train.with_name("completions.arrow")
             )
+            for table in sources.all()
+        }
 
     tokenizer = load_tokenizer(sources.model)
     max_tokens = min(
@@ -119,27 +124,26 @@ def prepare(context: StageContext) -> StageOutput:
         tokenizer.model_max_length,
         longest_input(sources.model, task=request.task) or sys.maxsize,
     )
-    total = train_targets.num_rows + (validation_targets.num_rows if validation_targets else 0)
-    num_truncated = {}
+    total = sum(of.num_rows for of in targets.values())
+    paths = {"train": artifacts.train, "validation": artifacts.validation, "test": artifacts.test}
+    num_truncated: dict[str, int] = {}
 
-    def write(path: Path, table: Table, targets: Targets, *, before: int) -> None:
+    def write(table: Table, *, before: int) -> None:
         tokeniser = TOKENISERS[table.columns.kind](tokenizer, table, max_tokens=max_tokens)
-        batches = _Tokenised(context, tokeniser, targets)
+        batches = _Tokenised(context, tokeniser, targets[table.field])
         write_samples(
-            path, iter(batches), tick=lambda done: context.hold.tick(before + done, total)
+            paths[table.field],
+            iter(batches),
+            tick=lambda done: context.hold.tick(before + done, total),
         )
         num_truncated[table.field] = batches.num_truncated
 
-    write(artifacts.train, sources.train, train_targets, before=0)
-    if train_targets.completions is not None:
-        train_targets.completions.remove()
-    if sources.validation is not None and validation_targets is not None:
-        write(
-            artifacts.validation,
-            sources.validation,
-            validation_targets,
-            before=train_targets.num_rows,
-        )
+    before = 0
+    for table in sources.all():
+        write(table, before=before)
+        before += targets[table.field].num_rows
+        if (swapped := targets[table.field].completions) is not None:
+            swapped.remove()
     Prepared(
         task=request.task,
         model=sources.model,
@@ -153,20 +157,23 @@ def prepare(context: StageContext) -> StageOutput:
         "model_revision": sources.model.revision,
         "adapter_revision": sources.model.adapter_revision,
         "train_revision": sources.train.revision,
-        "validation_revision": sources.validation.revision if sources.validation else None,
+        **{
+            f"{name}_revision": sources.trusted[name].revision if name in sources.trusted else None
+            for name in ("validation", "test")
+        },
         "precision": request.precision,
         "seed": request.seed,
         "max_tokens": max_tokens,
         "num_truncated": num_truncated,
     }
-    if any(table and table.columns.kind == "chat" for table in (sources.train, sources.validation)):
+    if any(table.columns.kind == "chat" for table in sources.all()):
         provenance["chat_date"] = CHAT_DATE.date().isoformat()
     if sources.checkpoints:
         provenance["checkpoint_revisions"] = [of.adapter_revision for of in sources.checkpoints]
     return StageOutput(
         columns={
-            "num_train": train_targets.num_rows,
-            "num_validation": validation_targets.num_rows if validation_targets else 0,
+            "num_train": targets["train"].num_rows,
+            "num_validation": targets["validation"].num_rows if "validation" in targets else 0,
         },
         provenance=provenance,
     )
@@ -198,12 +205,16 @@ def _resolve(context: StageContext) -> _Sources:
                 field=f"model.checkpoints.{number}.adapter",
                 transient=error.transient,
             ) from error
-    validation = request.validation
+    trusted = {"validation": request.validation, "test": request.test}
     return _Sources(
         model=model,
         checkpoints=tuple(checkpoints),
         train=resolve_table(context, request.train, field="train"),
-        validation=resolve_table(context, validation, field="validation") if validation else None,
+        trusted={
+            name: resolve_table(context, source, field=name)
+            for name, source in trusted.items()
+            if source is not None
+        },
     )
 
 

@@ -17,6 +17,7 @@ from app.work.repository import Claim
 from workers.lease import Hold
 from workers.pipeline.aggregate import aggregate
 from workers.pipeline.checkpoints import compute_checkpoint
+from workers.pipeline.conclude import conclude
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.curvature import fit_curvature
 from workers.pipeline.failures import AuditRefused
@@ -25,6 +26,7 @@ from workers.pipeline.gradients import compute_gradients
 from workers.pipeline.influence import compute_influence
 from workers.pipeline.prepare import prepare
 from workers.pipeline.validation import compute_validation
+from workers.pipeline.verify import verify
 
 STAGES: dict[Stage, Callable[[StageContext], StageOutput]] = {
     Stage.PREPARE: prepare,
@@ -35,6 +37,8 @@ STAGES: dict[Stage, Callable[[StageContext], StageOutput]] = {
     Stage.CURVATURE: fit_curvature,
     Stage.INFLUENCE: compute_influence,
     Stage.AGGREGATE: aggregate,
+    Stage.VERIFY: verify,
+    Stage.CONCLUDE: conclude,
 }
 
 

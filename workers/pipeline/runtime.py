@@ -144,6 +144,11 @@ def load_runtime(context: StageContext, *, checkpoint: int | None = None) -> Run
     return runtime
 
 
+def forget_runtime() -> None:
+    """Let go of the model that this process keeps, for one that will take its place."""
+    _loaded.clear()
+
+
 def _adapter_path(context: StageContext, prepared: Prepared, checkpoint: int | None) -> Path | None:
     if context.request.fine_tune is None:
         if checkpoint is None:

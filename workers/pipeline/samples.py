@@ -5,6 +5,7 @@ Only lengths and classes are held in memory, so a worker's memory does not grow 
 Shapes: T samples of the set, B batch, S sequence.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,6 +83,12 @@ class SampleSet:
 
     def __len__(self) -> int:
         return len(self.label_T)
+
+    def relabelled(self, label_T: Tensor) -> "SampleSet":
+        """Return the same samples with other classes, for the batches too."""
+        other = copy.copy(self)
+        other.label_T = label_T
+        return other
 
     def texts(self, indices: Tensor) -> list[tuple[str, str | None]]:
         """Return text and second text, or prompt and completion, of the samples at `indices`."""

@@ -80,6 +80,14 @@ def detection(score_T: Tensor, is_noisy_T: Tensor | None) -> dict[str, float] | 
     return {**rates, "auc_ndr": measured.auc_ndr}
 
 
+def _options(ranking: RankingSpecification) -> AggregationOptions:
+    return AggregationOptions(
+        vote_fraction=ranking.vote_fraction,
+        trim_fraction=ranking.trim_fraction,
+        common_share=ranking.common_share,
+    )
+
+
 class Scorer:
     """Turns the influence of an audit into scores.
 
@@ -165,6 +173,45 @@ class Scorer:
                 )
         return scored
 
+    def score_rankings(
+        self, estimator: Estimator, rankings: Sequence[RankingSpecification]
+    ) -> list[Tensor]:
+        """Return score_T by each of some rankings of one estimator.
+
+        Rankings that differ in layers, aggregation and correct_only alone share a pass.
+
+        Raises:
+            NonFiniteInfluence, InsufficientMemory, UnknownLayers: as `score_all`.
+        """
+        if isinstance(estimator, Baseline):
+            return [self._score_baseline(estimator)] * len(rankings)
+        passes: dict[AggregationOptions, list[RankingSpecification]] = {}
+        for ranking in rankings:
+            passes.setdefault(_options(ranking), []).append(ranking)
+        scores = {
+            options: self._score(
+                estimator,
+                {
+                    ranking.layers: self._layout.groups_of(estimator, ranking.layers)[
+                        ranking.layers
+                    ]
+                    for ranking in members
+                },
+                list(dict.fromkeys(str(ranking.aggregation) for ranking in members)),
+                ranking=members[0],
+                tick=lambda _: self._tick(1, 1),
+            )
+            for options, members in passes.items()
+        }
+        return [
+            self._facts.spread(
+                scores[_options(ranking)].get(
+                    ranking.layers, str(ranking.aggregation), correct_only=ranking.correct_only
+                )
+            )
+            for ranking in rankings
+        ]
+
     def find_related(self, estimator: Estimator, *, layers: str) -> Related | None:
         """Find what each training sample harms and helps most, by the rows of some layers.
 
@@ -242,11 +289,7 @@ class Scorer:
                 groups=groups,
                 is_correct_K=self._is_correct(estimator),
                 aggregations=names,
-                options=AggregationOptions(
-                    vote_fraction=ranking.vote_fraction,
-                    trim_fraction=ranking.trim_fraction,
-                    common_share=ranking.common_share,
-                ),
+                options=_options(ranking),
                 scratch=self._artifacts.ranks,
                 tick=tick,
             )

@@ -26,7 +26,7 @@ class Table:
     """A dataset of the request, found and pinned.
 
     Attributes:
-        field: the field of the request that names it, train or validation.
+        field: the field of the request that names it, train, validation or test.
     """
 
     path: Path

@@ -4,7 +4,7 @@ Shapes: N rows of a table, T training samples.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,18 +61,18 @@ class Targets:
 
 
 def read_classes(
-    context: StageContext, model: ResolvedModel, train: Table, validation: Table | None
-) -> tuple[tuple[Label, ...], Targets, Targets | None]:
-    """Return the label of each class, and the classes of both sets, with noise if asked.
+    context: StageContext, model: ResolvedModel, train: Table, trusted: Mapping[str, Table]
+) -> tuple[tuple[Label, ...], dict[str, Targets]]:
+    """Return the label of each class, and the classes of all sets by field, with noise if asked.
+
+    Noise is planted in the training set alone.
 
     Raises:
         AuditRefused: a row is wrong, or the labels do not fit the model or one another.
     """
     train_labels, is_noisy_T = _read_labels(context, train)
-    validation_labels: list[Label] | None = None
-    if validation is not None:
-        validation_labels, _ = _read_labels(context, validation)
-    classes = _classes(context, model, train_labels, validation_labels)
+    trusted_labels = {name: _read_labels(context, table)[0] for name, table in trusted.items()}
+    classes = _classes(context, model, train_labels, trusted_labels)
     class_of = {label: index for index, label in enumerate(classes)}
     label_T = torch.tensor([class_of[label] for label in train_labels])
     planted = context.request.plant_noise
@@ -80,11 +80,11 @@ def read_classes(
         label_T, is_noisy_T = flip_labels(
             label_T, num_classes=len(classes), fraction=planted.fraction, seed=planted.seed
         )
-    train_targets = Targets(len(label_T), label_T, is_noisy_T)
-    if validation_labels is None:
-        return classes, train_targets, None
-    label_V = torch.tensor([class_of[label] for label in validation_labels])
-    return classes, train_targets, Targets(len(label_V), label_V, None)
+    targets = {"train": Targets(len(label_T), label_T, is_noisy_T)}
+    for name, labels in trusted_labels.items():
+        label_N = torch.tensor([class_of[label] for label in labels])
+        targets[name] = Targets(len(label_N), label_N, None)
+    return classes, targets
 
 
 def read_completions(context: StageContext, table: Table, *, scratch: Path) -> Targets:
@@ -163,30 +163,33 @@ def _classes(
     context: StageContext,
     model: ResolvedModel,
     train_labels: Sequence[Label],
-    validation_labels: Sequence[Label] | None,
+    trusted_labels: Mapping[str, Sequence[Label]],
 ) -> tuple[Label, ...]:
     """Return the label of each class: the dataset's own for fine-tuning, else the model's."""
-    known, asked = set(train_labels), set(validation_labels or ())
-    if asked and {type(label) for label in known} != {type(label) for label in asked}:
-        raise AuditRefused(
-            "labels_mismatch",
-            "The training set and the validation set must both have integer labels or both "
-            "have text labels.",
-            field="validation.columns.label",
-        )
+    known = set(train_labels)
+    asked = {name: set(labels) for name, labels in trusted_labels.items()}
+    for name, labels in asked.items():
+        if {type(label) for label in known} != {type(label) for label in labels}:
+            raise AuditRefused(
+                "labels_mismatch",
+                f"The training set and the {name} set must both have integer labels or both "
+                "have text labels.",
+                field=f"{name}.columns.label",
+            )
     if context.request.fine_tune is None:
         try:
-            return match_labels(model, sorted(known | asked, key=str))
+            return match_labels(model, sorted(known.union(*asked.values()), key=str))
         except SourceError as error:
             field = "train.columns.label" if error.field == "dataset" else "model.reference"
             raise AuditRefused(error.code, error.message, field=field) from error
-    if unknown := asked - known:
-        named = ", ".join(repr(label) for label in sorted(unknown, key=str)[:10])
-        raise AuditRefused(
-            "labels_mismatch",
-            f"The validation set has labels that the training set has not: {named}.",
-            field="validation.columns.label",
-        )
+    for name, labels in asked.items():
+        if unknown := labels - known:
+            named = ", ".join(repr(label) for label in sorted(unknown, key=str)[:10])
+            raise AuditRefused(
+                "labels_mismatch",
+                f"The {name} set has labels that the training set has not: {named}.",
+                field=f"{name}.columns.label",
+            )
     if len(known) == 1:
         raise AuditRefused(
             "too_few_labels",

@@ -272,11 +272,13 @@ def truncation_warnings(provenance: Mapping[str, Any]) -> list[str]:
     Args:
         provenance: of the audit, with what `prepare` counted.
     """
-    names = {"train": "training", "validation": "validation"}
+    names = {"train": "training", "validation": "validation", "test": "test"}
+    consequences = {"test": "it was measured on what was left"}
     return [
         f"{count:,} {names[field]} sample{'s were' if count > 1 else ' was'} cut to the "
-        f"{provenance['max_tokens']:,} tokens that max_tokens and the model allow: the influence "
-        "is of what was left. Raise max_tokens if the model reads more, or shorten the texts."
+        f"{provenance['max_tokens']:,} tokens that max_tokens and the model allow: "
+        f"{consequences.get(field, 'the influence is of what was left')}. Raise max_tokens if the "
+        "model reads more, or shorten the texts."
         for field, count in provenance.get("num_truncated", {}).items()
         if count
     ]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.audits.fitting import named_rankings
 from workers.device import device_name, free_bytes
 from workers.influence.errors import InsufficientMemory
 from workers.influence.estimators import (
@@ -86,9 +87,9 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
     """Return what the aggregation needs to know of the modules.
 
     Raises:
-        AuditRefused: the ranking's estimator has not the asked layers in this model.
+        AuditRefused: a ranking's estimator has not the asked layers in this model.
     """
-    extractor, ranking = runtime.extractor, context.request.ranking
+    extractor = runtime.extractor
     sparse = [module for module, spec in enumerate(extractor.modules) if spec.form == "sparse"]
     layout = {
         "modules": [spec.name for spec in extractor.modules],
@@ -97,11 +98,13 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
         "blocks": extractor.num_blocks,
         "word_embedding": sparse[0] if sparse and context.request.model.word_embeddings else None,
     }
-    (estimator,) = (item for item in estimators_of(context) if item.name == ranking.estimator)
-    try:
-        ModelLayout.of(layout).groups_of(estimator, ranking.layers)
-    except ValueError as error:
-        raise AuditRefused("unknown_layers", str(error), field="ranking.layers") from error
+    estimators = {item.name: item for item in estimators_of(context)}
+    for path, ranking in named_rankings(context.request):
+        try:
+            ModelLayout.of(layout).groups_of(estimators[ranking.estimator], ranking.layers)
+        except ValueError as error:
+            field = ".".join((*map(str, path), "layers"))
+            raise AuditRefused("unknown_layers", str(error), field=field) from error
     return layout
 
 
