@@ -138,6 +138,8 @@ class Service:
             "curvature",
             "influence",
             "aggregate",
+            "verify",
+            "conclude",
         ]
 
         def is_there() -> bool:

@@ -9,9 +9,7 @@ from workers.pipeline.arms import kept_without_lowest, random_order
 
 
 @settings(deadline=None, derandomize=True)
-@given(
-    scores=st.lists(st.integers(-3, 3), min_size=1, max_size=30), fraction=st.floats(0.01, 0.9)
-)
+@given(scores=st.lists(st.integers(-3, 3), min_size=1, max_size=30), fraction=st.floats(0.01, 0.9))
 def test_the_lowest_go_ties_by_index(scores: list[int], fraction: float) -> None:
     order = sorted(range(len(scores)), key=lambda place: (scores[place], place))
     gone = set(order[: round(fraction * len(scores))])

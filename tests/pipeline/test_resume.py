@@ -20,7 +20,7 @@ from app.work import repository as work
 from app.work.models import Stage
 from app.work.repository import Claim
 from tests.pipeline.conftest import Models
-from tests.pipeline.tiny import bert_config
+from tests.pipeline.tiny import bert_config, reviews
 from tests.pipeline.workplace import Workplace, results
 from workers.lease import Draining, Hold
 from workers.pipeline import runtime
@@ -33,6 +33,7 @@ FINE_TUNE = {"epochs": 3, "learning_rate": 1e-2, "batch_size": 8, "dropout": 0.2
 def submit(workplace: Workplace, models: Models) -> Callable[[], str]:
     """Submit one and the same audit with every stage in it."""
     data = workplace.reviews(num_train=30, num_validation=8)
+    data["test"] = workplace.table("test", reviews(9, seed=2))
     return lambda: workplace.submit(
         models.encoder,
         **data,
@@ -41,6 +42,7 @@ def submit(workplace: Workplace, models: Models) -> Callable[[], str]:
         estimators=["grad_dot", "tracin", "gauss_newton", "ekfac", "outlier_gradient", "repsim"],
         aggregations=["mean", "rank", "vote", "common_set"],
         ranking={"estimator": "datainf"},
+        verify={"seeds": [0, 1], "arms": ["random"], "rankings": [{"estimator": "tracin"}]},
     )
 
 
@@ -197,6 +199,7 @@ def check_same(workplace: Workplace, audit: Audit, expected: Audit) -> None:
     assert results(audit) == results(expected)
     assert audit.summary["configurations"] == expected.summary["configurations"]
     assert audit.summary["cancellation"] == expected.summary["cancellation"]
+    assert audit.summary["verification"] == expected.summary["verification"]
     with transaction(workplace.engine) as session:
         assert session.query(Ranking).where(Ranking.audit_id == audit.id).count() == 1
     assert len(workplace.training_rows(audit.id)) == audit.num_train

@@ -188,21 +188,18 @@ class Scorer:
         passes: dict[AggregationOptions, list[RankingSpecification]] = {}
         for ranking in rankings:
             passes.setdefault(_options(ranking), []).append(ranking)
-        scores = {
-            options: self._score(
+        scores: dict[AggregationOptions, EstimatorScores] = {}
+        for options, members in passes.items():
+            groups: dict[str, tuple[int, ...]] = {}
+            for ranking in members:
+                groups |= self._layout.groups_of(estimator, ranking.layers)
+            scores[options] = self._score(
                 estimator,
-                {
-                    ranking.layers: self._layout.groups_of(estimator, ranking.layers)[
-                        ranking.layers
-                    ]
-                    for ranking in members
-                },
+                groups,
                 list(dict.fromkeys(str(ranking.aggregation) for ranking in members)),
                 ranking=members[0],
                 tick=lambda _: self._tick(1, 1),
             )
-            for options, members in passes.items()
-        }
         return [
             self._facts.spread(
                 scores[_options(ranking)].get(
