@@ -40,6 +40,15 @@ def tables(engine: Engine) -> set[str]:
     return set(inspect(engine).get_table_names()) - {"alembic_version"}
 
 
+def take_back(engine: Engine, revision: str) -> None:
+    """Downgrade step by step to a revision."""
+    current = None
+    while current != revision:
+        migrate(engine, "-1")
+        with engine.connect() as connection:
+            current = connection.scalar(text("SELECT version_num FROM alembic_version"))
+
+
 def test_up_down_and_up_again(empty: Engine) -> None:
     migrate(empty)
     assert tables(empty) == set(Base.metadata.tables)
@@ -60,7 +69,7 @@ def test_samples_without_labels_outlive_a_way_back(empty: Engine) -> None:
     with empty.begin() as connection:
         connection.execute(text("SET session_replication_role = replica"))  # no audit is needed
         connection.execute(text(row))
-    migrate(empty, "0001")
+    take_back(empty, "0001")
     with empty.connect() as connection:
         labels = "SELECT given_label, predicted_label FROM training_samples"
         assert connection.execute(text(labels)).all() == [("", "")]
@@ -68,6 +77,45 @@ def test_samples_without_labels_outlive_a_way_back(empty: Engine) -> None:
     with empty.connect() as connection:
         kept = connection.execute(text("SELECT text, non_finite FROM training_samples")).all()
     assert kept == [("text", False)]
+
+
+def test_a_way_back_ends_the_audits_that_verify(empty: Engine) -> None:
+    """The version before knows neither the state nor the units; ended ones stay readable."""
+    migrate(empty)
+    times = json.dumps({"verifying": "2026-01-01T00:00:00+00:00"})
+    insert = text(
+        "INSERT INTO audits (id, tenant, state, version, request, metadata, state_times, stage, "
+        "progress, provenance, summary, timings, finished_at) VALUES (:id, 'default', :state, 7, "
+        "'{}', '{}', :times, :stage, 0.5, '{}', '{}', '{}', :finished_at)"
+    )
+    with empty.begin() as connection:
+        for id_, state, stage, finished_at in (
+            ("running", "verifying", "verify", None),
+            ("ended", "succeeded", None, "2026-01-02T00:00:00Z"),
+        ):
+            row = {"id": id_, "state": state, "stage": stage, "finished_at": finished_at}
+            connection.execute(insert, row | {"times": times})
+            connection.execute(
+                text(
+                    "INSERT INTO work_units (id, audit_id, stage, position, state, epoch, "
+                    "attempts, done, total, result) VALUES (:id, :id, 'verify', 0, :state, 1, 1, "
+                    "0, 1, '{}')"
+                ),
+                {"id": id_, "state": "done" if finished_at else "ready"},
+            )
+    take_back(empty, "0002")
+    with empty.connect() as connection:
+        rows = connection.execute(
+            text("SELECT id, state, stage, error_code, state_times FROM audits ORDER BY id")
+        ).all()
+        units = connection.execute(text("SELECT id FROM work_units")).scalars().all()
+    assert [tuple(row)[:4] for row in rows] == [
+        ("ended", "succeeded", None, None),
+        ("running", "failed", None, "upgraded"),
+    ]
+    assert [list(row[4]) for row in rows] == [[], ["failed"]]
+    assert units == ["ended"]
+    migrate(empty)
 
 
 class TestAuditsOfTheFirstVersion:

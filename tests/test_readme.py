@@ -20,6 +20,7 @@ from app.audits.schemas import (
     PlantNoise,
     RankingSpecification,
 )
+from app.audits.verification_schemas import Verify
 from app.catalogue import ESTIMATORS
 from app.datasets import routes as dataset_routes
 from app.settings import Settings
@@ -63,10 +64,12 @@ def test_every_option_of_a_request_is_listed_with_its_default() -> None:
         "model": ModelSource,
         "train": DatasetSource,
         "validation": DatasetSource,
+        "test": DatasetSource,
         "fine_tune": FineTune,
         "plant_noise": PlantNoise,
         "ranking": RankingSpecification,
         "flag": Flag,
+        "verify": Verify,
     }
     expected: dict[str, Any] = {}
     for name, field in AuditRequest.model_fields.items():

@@ -150,7 +150,8 @@ class TestWhatTheEngineReports:
     def test_an_older_summary_reports_nothing(self, client: TestClient, finished: Audit) -> None:
         results = client.get(f"/v1/audits/{finished.id}").json()["results"]
         names = ("num_non_finite", "num_non_finite_validation", "cancellation")
-        assert [results[name] for name in (*names, "projection", "preflight")] == [None] * 5
+        more = ("projection", "preflight", "verification")
+        assert [results[name] for name in (*names, *more)] == [None] * 6
 
     def test_everything_that_was_found(
         self, client: TestClient, engine: Engine, finished: Audit
@@ -166,6 +167,34 @@ class TestWhatTheEngineReports:
                 "by_group": {"all": 0.9, "CL": None},
             },
             "preflight": {"max_loss_error": 1e-7, "zero_modules": [], "warnings": []},
+            "verification": {
+                "fraction": 0.3,
+                "seeds": [0, 1],
+                "confidence": 0.9,
+                "num_test": 50,
+                "arms": [
+                    {
+                        "name": "filtered",
+                        "ranking": None,
+                        "num_train": 7,
+                        "num_removed": 3,
+                        "num_relabelled": 0,
+                        "metrics": {"accuracy": {"mean": 0.75, "values": [0.75, None]}},
+                        "against_full": {
+                            "accuracy": {
+                                "difference": 0.25,
+                                "low": None,
+                                "high": None,
+                                "num_seeds": 1,
+                                "sample_low": 0.1,
+                                "sample_high": 0.4,
+                            },
+                            "macro_f1": None,
+                        },
+                    }
+                ],
+                "warnings": ["The arm filtered diverged with seed 1."],
+            },
         }
         with transaction(engine) as session:
             audit = session.merge(finished)
