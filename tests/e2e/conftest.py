@@ -159,23 +159,26 @@ class Reviews:
 
     train_csv: Path
     validation_jsonl: Path
+    test_csv: Path
 
 
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Reviews:
-    """200 training and 60 validation film reviews, labels as words."""
+    """200 training, 60 validation and 40 test film reviews, labels as words."""
     folder = tmp_path_factory.mktemp("reviews")
     with REVIEWS.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
     chosen = random.Random(0).sample(rows, 260)
+    asked = random.Random(1).sample([row for row in rows if row not in chosen], 40)
     names = {"0": "negative", "1": "positive"}
-    made = Reviews(folder / "train.csv", folder / "validation.jsonl")
-    with made.train_csv.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "text", "label"])
-        writer.writerows(
-            (number, row["text"], names[row["label"]]) for number, row in enumerate(chosen[:200])
-        )
+    made = Reviews(folder / "train.csv", folder / "validation.jsonl", folder / "test.csv")
+    for path, part in ((made.train_csv, chosen[:200]), (made.test_csv, asked)):
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "text", "label"])
+            writer.writerows(
+                (number, row["text"], names[row["label"]]) for number, row in enumerate(part)
+            )
     made.validation_jsonl.write_bytes(
         b"".join(
             orjson.dumps({"text": row["text"], "label": names[row["label"]]}) + b"\n"
