@@ -68,20 +68,23 @@ def conclude(context: StageContext) -> StageOutput:
     if verify is None:
         raise AuditRefused("internal_error", "The stage was reached without verify.")
     plan, test = Plan.read(artifacts), SampleSet(artifacts.test)
-    measured = []
-    for number in range(len(plan.trainings)):
-        context.hold.step(number, len(plan.trainings))
-        measured.append(Measured(read_tensors(artifacts.outcome(number)), test.label_T))
     metrics = ["loss", "exact_match"] if test.has_completions else ["accuracy", "macro_f1", "loss"]
 
-    def of(arm: PlannedArm) -> list[Measured | None]:
-        return [None if number is None else measured[number] for number in arm.trainings]
+    def measure(arm: PlannedArm) -> list[Measured | None]:
+        return [
+            None
+            if number is None
+            else Measured(read_tensors(artifacts.outcome(number)), test.label_T)
+            for number in arm.trainings
+        ]
 
     full = next((arm for arm in plan.arms if arm.name == ArmName.FULL), None)
-    arms = []
-    for arm in plan.arms:
-        context.hold.keep_alive()
-        told = of(arm)
+    of_full = measure(full) if full is not None else []
+    arms, warnings = [], [*_warn_of_seeds(verify, full), *_warn_of_shared(context, test)]
+    for number, arm in enumerate(plan.arms):
+        context.hold.step(number, len(plan.arms))
+        told = measure(arm)  # those of one arm at a time: there may be thousands of trainings
+        warnings += _warn_of_trainings(arm, told, verify)
         arms.append(
             {
                 "name": arm.name,
@@ -91,7 +94,7 @@ def conclude(context: StageContext) -> StageOutput:
                 "num_relabelled": arm.num_relabelled,
                 "metrics": {metric: _over_seeds(told, metric) for metric in metrics},
                 "against_full": {
-                    metric: _against(told, of(full), metric, confidence=verify.confidence)
+                    metric: _against(told, of_full, metric, confidence=verify.confidence)
                     for metric in metrics
                 }
                 if full is not None and arm is not full
@@ -104,12 +107,7 @@ def conclude(context: StageContext) -> StageOutput:
         "confidence": verify.confidence,
         "num_test": len(test),
         "arms": arms,
-        "warnings": [
-            *_warn_of_seeds(verify, full),
-            *_warn_of_shared(context, test),
-            *_warn_of_trainings(plan, measured, verify),
-            *_warn_of_classes(context, plan),
-        ],
+        "warnings": [*warnings, *_warn_of_classes(context, plan)],
     }
     context.hold.keep_alive()  # who lost the lease leaves the files to the heir
     artifacts.remove_scratch()
@@ -205,23 +203,24 @@ def _texts(
     return samples.texts(index_N)
 
 
-def _warn_of_trainings(plan: Plan, measured: Sequence[Measured], verify: Verify) -> Iterator[str]:
-    for arm in plan.arms:
-        if all(number is None for number in arm.trainings):
-            yield f"The arm {arm.name} leaves no sample to train on, so it has no measures."
-            continue
-        told = [None if number is None else measured[number] for number in arm.trainings]
-        seeds = list(zip(verify.seeds, told, strict=True))
-        if diverged := [seed for seed, of in seeds if of and of.diverged_at is not None]:
-            yield (
-                f"The arm {arm.name} diverged with seed {_listed(diverged)}, which has no "
-                "measures. Lower fine_tune.learning_rate."
-            )
-        if broken := [seed for seed, of in seeds if of and of.num_non_finite]:
-            yield (
-                f"The arm {arm.name} with seed {_listed(broken)} has test samples whose loss is "
-                "not finite: they count as wrong, and there is no mean loss."
-            )
+def _warn_of_trainings(
+    arm: PlannedArm, told: Sequence[Measured | None], verify: Verify
+) -> list[str]:
+    seeds = [(seed, of) for seed, of in zip(verify.seeds, told, strict=True) if of is not None]
+    if not seeds:
+        return [f"The arm {arm.name} leaves no sample to train on, so it has no measures."]
+    warnings = []
+    if diverged := [seed for seed, of in seeds if of.diverged_at is not None]:
+        warnings.append(
+            f"The arm {arm.name} diverged with seed {_listed(diverged)}, which has no measures. "
+            "Lower fine_tune.learning_rate."
+        )
+    if broken := [seed for seed, of in seeds if of.num_non_finite]:
+        warnings.append(
+            f"The arm {arm.name} with seed {_listed(broken)} has test samples whose loss is not "
+            "finite: they count as wrong, and there is no mean loss."
+        )
+    return warnings
 
 
 def _warn_of_classes(context: StageContext, plan: Plan) -> Iterator[str]:
