@@ -22,8 +22,7 @@ from tests.oracles import sample_loss
 from tests.pipeline import tiny
 from tests.pipeline.conftest import Models
 from tests.pipeline.loops import instruction_ids, read_influence, review_ids
-from tests.pipeline.test_resume import interrupted
-from tests.pipeline.workplace import Workplace, results
+from tests.pipeline.workplace import Workplace, interrupted, results
 from workers.pipeline.artifacts import read_tensors
 from workers.pipeline.training import Diverged, train
 
