@@ -180,6 +180,18 @@ class Flag(Strict):
         return min(self.count or 0, num_train)
 
 
+class RankingRequest(RankingSpecification):
+    """Another ranking of an audit that has ended, from the influence that it computed."""
+
+    flag: Flag | None = Field(
+        None, description="Which of the lowest-scored samples are flagged. Default: as the audit."
+    )
+
+    def specification(self) -> RankingSpecification:
+        """Return the ranking alone."""
+        return RankingSpecification.model_validate(self.model_dump(exclude={"flag"}))
+
+
 class AuditRequest(Strict):
     """Everything that decides an audit; with the resolved revisions it reproduces it."""
 

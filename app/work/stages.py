@@ -35,7 +35,7 @@ def stages_of(request: Mapping[str, Any]) -> list[Stage]:
     """Return the stages that a stored request goes through, in their order."""
     names = {*request["estimators"], request["ranking"]["estimator"]}
     needs = {need for name in names for need in ESTIMATORS[name].needs}
-    skipped = set()
+    skipped = {Stage.RANK}
     if not request.get("fine_tune"):
         skipped.add(Stage.FINE_TUNE)
     if "checkpoints" not in needs:

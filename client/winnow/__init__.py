@@ -18,6 +18,7 @@ from winnow.requests import (
     Flag,
     ModelSource,
     PlantNoise,
+    RankingRequest,
     RankingSpecification,
 )
 from winnow.results import (
@@ -29,6 +30,8 @@ from winnow.results import (
     Estimator,
     LayerResult,
     LayerTable,
+    Ranking,
+    RankingResults,
     SampleDetail,
     Suspect,
 )
@@ -55,6 +58,9 @@ __all__ = [
     "ModelSource",
     "NotDoneInTime",
     "PlantNoise",
+    "Ranking",
+    "RankingRequest",
+    "RankingResults",
     "RankingSpecification",
     "SampleDetail",
     "ServiceUnreachable",

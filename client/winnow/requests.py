@@ -109,6 +109,15 @@ class Flag(Request):
     count: int | None = None
 
 
+class RankingRequest(RankingSpecification):
+    """Another ranking of a finished audit, from the influence that it computed.
+
+    The audit's own `flag` holds when none is given here.
+    """
+
+    flag: Flag | None = None
+
+
 class AuditRequest(Request):
     """Everything that decides an audit; README.md explains every option.
 

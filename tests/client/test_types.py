@@ -20,6 +20,9 @@ ANSWERS = [
         "Audit": app.audits.answers,
         "AuditError": app.audits.answers,
         "AuditResults": app.audits.answers,
+        "Kept": app.audits.answers,
+        "Ranking": app.audits.answers,
+        "RankingResults": app.audits.answers,
         "Cancellation": app.audits.answers,
         "ProjectionReport": app.audits.answers,
         "ResultFile": app.audits.answers,
@@ -47,6 +50,7 @@ REQUESTS = [
         "FineTune",
         "PlantNoise",
         "RankingSpecification",
+        "RankingRequest",
         "Flag",
     )
 ]

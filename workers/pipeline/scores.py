@@ -116,6 +116,7 @@ class Scorer:
         *,
         aggregations: Sequence[str],
         ranking: RankingSpecification,
+        is_alone: bool = False,
     ) -> Scored:
         """Compute the scores of every configuration, and keep those of the ranking.
 
@@ -123,6 +124,7 @@ class Scorer:
             estimators: with their parameters.
             aggregations: names; the ranking's own is always among them.
             ranking: what ranks.
+            is_alone: compute with the ranking's `correct_only` alone, not with both.
 
         Raises:
             NonFiniteInfluence: an influence on a sample that is finite itself is NaN or infinite;
@@ -145,9 +147,13 @@ class Scorer:
                 self._tick(int(_STEPS * (number + share)), _STEPS * len(estimators))
 
             groups = self._groups(estimator, ranking.layers, is_ranking=is_ranking)
-            scores = self._score(estimator, groups, names, ranking=ranking, tick=tick)
             has_pairs = estimator.kind == "pairwise"
-            choices = (False, True) if has_pairs else (False,)
+            choices: tuple[bool, ...] = (False,)
+            if has_pairs:
+                choices = (ranking.correct_only,) if is_alone else (False, True)
+            scores = self._score(
+                estimator, groups, names, ranking=ranking, choices=choices, tick=tick
+            )
             for group, name, correct_only in itertools.product(groups, names, choices):
                 tick(1.0)
                 score_T = self._facts.spread(scores.get(group, name, correct_only=correct_only))
@@ -228,6 +234,7 @@ class Scorer:
         names: Sequence[str],
         *,
         ranking: RankingSpecification,
+        choices: Sequence[bool],
         tick: Callable[[float], None],
     ) -> EstimatorScores:
         source: ColumnSource
@@ -247,6 +254,7 @@ class Scorer:
                     trim_fraction=ranking.trim_fraction,
                     common_share=ranking.common_share,
                 ),
+                choices=choices,
                 scratch=self._artifacts.ranks,
                 tick=tick,
             )
