@@ -60,11 +60,21 @@ def worker(
     check: Annotated[
         bool, typer.Option("--check", help="Only say by the exit code whether one runs here.")
     ] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Only rankings of ended audits, which need no GPU.")
+    ] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Only audits; leave rankings to other workers.")
+    ] = False,
 ) -> None:
-    """Run one worker, on the GPU that it sees or else on the CPU."""
+    """Run one worker, on the GPU that it sees or else on the CPU; it takes all work by default."""
     from app import verbs  # noqa: PLC0415
 
-    raise typer.Exit(verbs.check_worker() if check else verbs.worker())
+    if cpu and gpu:
+        raise typer.BadParameter("give --cpu or --gpu, or neither for a worker that takes both")
+    if check:
+        raise typer.Exit(verbs.check_worker())
+    raise typer.Exit(verbs.worker(takes_audits=not cpu, takes_rankings=not gpu))
 
 
 def migrate() -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app.dependencies import CeleryDep, EngineDep, SettingsDep
-from app.jobs import queue_length
+from app.jobs import CPU_QUEUE_NAME, QUEUES, queue_length
 from app.settings import Settings
 from app.version import VERSION
 from app.work.models import WorkerHeartbeat
@@ -108,16 +108,24 @@ def _broker(celery: Celery) -> Check:
 
 def _worker(engine: Engine, settings: Settings) -> Check:
     stale = timedelta(seconds=settings.worker_stale_seconds)
-    statement = select(func.count()).where(WorkerHeartbeat.seen_at > func.now() - stale)
+    statement = select(WorkerHeartbeat.queues).where(WorkerHeartbeat.seen_at > func.now() - stale)
     with Session(engine) as session:
-        count = session.scalar(statement) or 0
-    if count == 0:
+        served = list(session.scalars(statement))
+    missing = set(QUEUES).difference(*served)
+    if len(missing) == 1:
+        what = "rankings" if CPU_QUEUE_NAME in missing else "audits"
+        return Check(
+            ok=False,
+            detail=f"{len(served)} at work, but none that takes {what}. Start one with `winnow "
+            "worker`, which takes both.",
+        )
+    if missing:
         return Check(
             ok=False,
             detail=f"No worker was seen in the last {settings.worker_stale_seconds:g} s. Start one "
             "with `winnow worker`, or look into its log.",
         )
-    return Check(ok=True, detail=f"{count} at work.")
+    return Check(ok=True, detail=f"{len(served)} at work.")
 
 
 def _storage(settings: Settings) -> Check:

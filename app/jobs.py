@@ -6,15 +6,18 @@ from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
-from sqlalchemy import Engine, func, update
+from sqlalchemy import Engine, func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.db import transaction
 from app.settings import Settings
-from app.work.models import UnitState, WorkUnit
+from app.work.models import Stage, UnitState, WorkUnit
 
 TASK_NAME = "winnow.work"
 QUEUE_NAME = "winnow"
+CPU_QUEUE_NAME = "winnow-cpu"
+QUEUES = (QUEUE_NAME, CPU_QUEUE_NAME)
+CPU_STAGES = frozenset({Stage.RANK})
 MAX_SENDERS = 2
 
 log = structlog.get_logger()
@@ -64,10 +67,20 @@ def make_celery(settings: Settings) -> Celery:
         task_serializer="json",
         accept_content=["json"],
         task_create_missing_queues=False,
-        task_queues=[Queue(QUEUE_NAME)],
+        task_queues=[Queue(name) for name in QUEUES],
         task_default_queue=QUEUE_NAME,
     )
     return celery
+
+
+def queue_of(stage: Stage) -> str:
+    """Return where the units of a stage wait: what needs no GPU has a queue of its own."""
+    return CPU_QUEUE_NAME if stage in CPU_STAGES else QUEUE_NAME
+
+
+def stages_of_queue(queue: str) -> list[Stage]:
+    """Return the stages whose units wait in a queue."""
+    return [stage for stage in Stage if queue_of(stage) == queue]
 
 
 def send_units(engine: Engine, celery: Celery, unit_ids: list[str]) -> None:
@@ -76,12 +89,17 @@ def send_units(engine: Engine, celery: Celery, unit_ids: list[str]) -> None:
     A broker that is down loses nothing: the units stay owed, and the reconciler sends them later.
     """
     sent: list[str] = []
+    with transaction(engine) as session:
+        stages = select(WorkUnit.id, WorkUnit.stage).where(WorkUnit.id.in_(unit_ids))
+        stage_of_unit = {row.id: row.stage for row in session.execute(stages)}
+    there = [unit_id for unit_id in unit_ids if unit_id in stage_of_unit]
     try:
-        for unit_id in unit_ids:
-            celery.send_task(TASK_NAME, args=[unit_id], queue=QUEUE_NAME)
+        for unit_id in there:
+            queue = queue_of(Stage(stage_of_unit[unit_id]))
+            celery.send_task(TASK_NAME, args=[unit_id], queue=queue)
             sent.append(unit_id)
     except (OperationalError, RedisError, OSError) as error:
-        log.warning("broker_unreachable", error=str(error), units_owed=len(unit_ids) - len(sent))
+        log.warning("broker_unreachable", error=str(error), units_owed=len(there) - len(sent))
     if sent:
         with transaction(engine) as session:
             session.execute(
@@ -113,11 +131,12 @@ class Sender:
             log.warning("sent_units_not_noted", error=str(error))
 
 
-def queue_length(celery: Celery, *, timeout: float = 5.0) -> int:
+def queue_length(celery: Celery, *queues: str, timeout: float = 5.0) -> int:
     """Return how many messages wait in the broker.
 
     Args:
         celery: knows the broker.
+        queues: which queues count; all by default.
         timeout: seconds that the broker may take for an answer.
 
     Raises:
@@ -127,4 +146,5 @@ def queue_length(celery: Celery, *, timeout: float = 5.0) -> int:
     patience = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
     with celery.connection_for_read(transport_options=patience) as connection:
         connection.ensure_connection(max_retries=1, timeout=timeout)
-        return int(connection.default_channel._size(QUEUE_NAME))  # noqa: SLF001  Redis has no passive declare
+        size = connection.default_channel._size  # noqa: SLF001  Redis has no passive declare
+        return sum(int(size(queue)) for queue in queues or QUEUES)

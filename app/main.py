@@ -9,6 +9,7 @@ from sqlalchemy import Engine
 
 import app.tables  # noqa: F401  registers every table
 from app import catalogue_routes, health
+from app.audits import ranking_routes
 from app.audits import routes as audit_routes
 from app.datasets import routes as dataset_routes
 from app.db import make_engine
@@ -36,6 +37,7 @@ a problem document (RFC 9457) whose `detail` says what to change.
 TAGS = [
     {"name": "audits", "description": "Submit an audit and follow it."},
     {"name": "results", "description": "What a finished audit found; the lowest score is suspect."},
+    {"name": "rankings", "description": "Further rankings of a finished audit, in seconds."},
     {"name": "datasets", "description": "Upload labelled texts once, use them in many audits."},
     {"name": "catalogue", "description": "What this server can compute."},
     {"name": "health", "description": "For load balancers and operators."},
@@ -82,6 +84,7 @@ def create_app(
     for router in (
         audit_routes.router,
         audit_routes.results_router,
+        ranking_routes.router,
         dataset_routes.router,
         catalogue_routes.router,
     ):

@@ -72,6 +72,12 @@ class Settings(BaseSettings):
     torch_threads: int = Field(
         0, ge=0, description="CPU threads of a worker; 0 leaves it to torch."
     )
+    influence_days: float = Field(
+        30,
+        ge=0,
+        description="How long after an audit's end its influence files are kept, for further "
+        "rankings; 0 is as long as the audit.",
+    )
     checkpoint_steps: int = Field(50, ge=1, description="Fine-tuning steps between checkpoints.")
     log_format: Literal["json", "console"] = Field("json", description="How log lines look.")
 

@@ -9,21 +9,29 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from sqlalchemy import Engine
+from sqlalchemy import Engine, func, update
 
+from app.audits.folders import audit_folder
 from app.audits.models import (
     Audit,
     AuditState,
     RankedSample,
     Ranking,
+    RankingState,
     TrainingSample,
     ValidationSample,
 )
-from app.audits.schemas import AuditRequest
+from app.audits.schemas import AuditRequest, RankingSpecification
 from app.db import new_id, transaction
 from app.settings import Settings
-from app.work.models import Stage
-from app.work.repository import add_units, enter_state, finish
+from app.work.models import Stage, WorkUnit
+from app.work.repository import (
+    add_ranking_unit,
+    add_units,
+    enter_ranking_state,
+    enter_state,
+    finish,
+)
 
 TENANT = "default"
 GROUPS = {"all": ["layer.0.query", "head"], "00": ["layer.0.query"], "CL": ["head"]}
@@ -99,21 +107,28 @@ def make_finished_audit(
     suspect sample is not finite.
     """
     audit = make_audit(engine, tenant=tenant, **({} if has_labels else CAUSAL_LM_REQUEST))
+    ranking_id = new_id("rnk")
     ranking = Ranking(
-        id=new_id("rnk"),
+        id=ranking_id,
         audit_id=audit.id,
         tenant=tenant,
+        is_own=True,
         specification=audit.request["ranking"],
+        flag=audit.request["flag"],
+        state=RankingState.SUCCEEDED,
+        progress=1.0,
+        folder=Ranking.folder_of(ranking_id),
     )
     rows = [_suspect(rank, num_train - 1 - rank) for rank in range(num_train)]
     if not has_labels:
         nothing = dict.fromkeys(("given_label", "predicted_label"))
         rows = [row | nothing | {"non_finite": row["rank"] == 0} for row in rows]
-    files = _write_files(settings.data_dir / "audits" / audit.id / "results", rows)
+    files = _write_files(audit_folder(settings.data_dir, audit.id) / ranking.folder, rows)
     detection = {"ndr_10": 1.0, "ndr_20": 1.0, "ndr_30": 1.0, "auc_ndr": 1.0}
     with transaction(engine) as session:
         audit = session.merge(audit)
         session.add(ranking)
+        ranking.finished_at = func.now()
         session.flush()
         session.add_all(_training_sample(audit.id, row) for row in rows)
         num_validation = 3 if has_labels else 0
@@ -124,6 +139,7 @@ def make_finished_audit(
         audit.progress = 1.0
         audit.provenance = {"engine_version": "0.1.0", "device": "cpu", "num_shards": 1}
         audit.timings = {"prepare": 0.1, "gradients": 1.5}
+        audit.influence_bytes = 1_000
         audit.summary = {
             "ranking_id": ranking.id,
             "num_flagged": 2,
@@ -148,8 +164,58 @@ def make_finished_audit(
                 for group in GROUPS
             ],
         }
+        ranking.summary = {
+            name: audit.summary[name]
+            for name in (
+                *("num_flagged", "warnings", "files", "detection"),
+                *("layer_groups", "group_order", "layer_group_order", "configurations"),
+            )
+        }
         finish(audit, AuditState.SUCCEEDED)
     return audit
+
+
+def make_ranking(
+    engine: Engine, audit: Audit, *, settings: Settings | None = None, **specification: Any
+) -> Ranking:
+    """Insert a queued ranking of a finished audit with its unit of work.
+
+    With settings it is finished, and orders the samples by their index: sample i at rank i.
+    """
+    ranking_id = new_id("rnk")
+    request = RankingSpecification.model_validate({"aggregation": "mean", **specification})
+    ranking = Ranking(
+        id=ranking_id,
+        audit_id=audit.id,
+        tenant=audit.tenant,
+        specification=request.model_dump(mode="json"),
+        flag={"fraction": None, "count": 1},
+        folder=Ranking.folder_of(ranking_id),
+        version=1,
+    )
+    with transaction(engine) as session:
+        session.add(ranking)
+        session.flush()
+        add_ranking_unit(session, ranking)
+        if settings is None:
+            return ranking
+        session.execute(update(WorkUnit).values(state="done").where(WorkUnit.stage == "rank"))
+        rows = [_suspect(rank, rank) for rank in range(audit.num_train or 0)]
+        folder = audit_folder(settings.data_dir, audit.id) / ranking.folder
+        ranking.summary = {
+            "num_flagged": 1,
+            "warnings": [],
+            "files": _write_files(folder, rows),
+            "detection": None,
+            "layer_groups": {"all": GROUPS["all"]},
+            "group_order": ["all", "00", "CL"],
+            "layer_group_order": ["all"],
+            "configurations": [],
+        }
+        session.add_all(_ranked_sample(ranking.id, row) for row in rows)
+        ranking.progress, ranking.seconds = 1.0, 0.5
+        enter_ranking_state(ranking, RankingState.SUCCEEDED)
+    return ranking
 
 
 def _suspect(rank: int, index: int) -> dict[str, Any]:

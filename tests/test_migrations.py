@@ -225,12 +225,12 @@ class TestAuditsOfTheFirstVersion:
                 assert "submit it again" in (audit.error_message or "")
                 assert audit.finished_at is not None
                 assert audit.version == 8
-                answer = assemble_audit(audit)
+                answer = assemble_audit(audit, influence_days=30)
                 assert list(answer.state_times)[-1] == "failed"
                 assert answer.state_times[AuditState.FAILED] == audit.finished_at
             stopped = session.get_one(Audit, "stopping")
             assert (stopped.state, stopped.error_code) == ("cancelled", None)
-            assert assemble_audit(stopped).done
+            assert assemble_audit(stopped, influence_days=30).done
 
     def test_none_of_their_work_is_left(self, upgraded: Engine) -> None:
         with Session(upgraded) as session:
@@ -262,7 +262,7 @@ class TestAuditsOfTheFirstVersion:
             ended, odd = (session.get_one(Audit, name) for name in ("ended", "odd"))
             assert (ended.state, ended.version, ended.stage) == ("succeeded", 7, None)
             assert (odd.state, odd.stage) == ("cancelled", "curvature")
-            assert assemble_audit(odd).stage is Stage.CURVATURE
+            assert assemble_audit(odd, influence_days=30).stage is Stage.CURVATURE
 
 
 def test_the_migrations_make_what_the_models_say(empty: Engine) -> None:

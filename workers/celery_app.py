@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import warnings
+from collections.abc import Sequence
 
 import structlog
 from celery import Celery
@@ -14,7 +15,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.db import make_engine, transaction
-from app.jobs import QUEUE_NAME, make_celery
+from app.jobs import QUEUES, make_celery
 from app.logs import configure_logging
 from app.settings import Settings, get_settings
 from app.version import VERSION
@@ -34,8 +35,8 @@ def make_worker_celery(settings: Settings) -> Celery:
     return celery
 
 
-def run_worker() -> int:
-    """Work until told to stop; return the exit code.
+def run_worker(queues: Sequence[str] = QUEUES) -> int:
+    """Work on what waits in some queues until told to stop; return the exit code.
 
     SIGTERM drains: the unit at hand is left at its next batch and given back without counting an
     attempt, so another worker goes on where it was.
@@ -49,13 +50,13 @@ def run_worker() -> int:
     engine = make_engine(settings.require_database_url())
     name = f"{socket.gethostname()}:{os.getpid()}"
     reconciler = Reconciler(engine, celery, settings)
-    sign_of_life = _SignOfLife(engine, name, settings)
+    sign_of_life = _SignOfLife(engine, name, settings, queues)
     reconciler.start()
     sign_of_life.start()
     try:
         worker = celery.Worker(
             hostname=f"winnow@{name}",
-            queues=[QUEUE_NAME],
+            queues=list(queues),
             loglevel="INFO",
             without_gossip=True,
             without_mingle=True,
@@ -80,10 +81,17 @@ def run_worker() -> int:
 class _SignOfLife(threading.Thread):
     """Writes the worker's row, which /readyz reads."""
 
-    def __init__(self, engine: Engine, name: str, settings: Settings) -> None:
+    def __init__(
+        self, engine: Engine, name: str, settings: Settings, queues: Sequence[str]
+    ) -> None:
         super().__init__(name="sign-of-life", daemon=True)
         self._engine = engine
-        self._row = {"name": name, "device": settings.device, "engine_version": VERSION}
+        self._row = {
+            "name": name,
+            "device": settings.device,
+            "queues": list(queues),
+            "engine_version": VERSION,
+        }
         self._stopped = threading.Event()
 
     def run(self) -> None:

@@ -60,6 +60,7 @@ def run_unit(self: object, unit_id: str) -> None:
         return
     context = {
         "audit_id": claim.audit_id,
+        "ranking_id": claim.ranking_id,
         "unit_id": claim.unit_id,
         "stage": claim.stage.value,
         "position": claim.position,
@@ -81,6 +82,7 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     # torch and transformers are loaded by the child that works, not by Celery's parent process
     # ruff: noqa: PLC0415
     from workers.pipeline.failures import INTERNAL_ERROR, failure_of, is_worth_retrying
+    from workers.pipeline.rank import remove_if_deleted
     from workers.pipeline.run import run_stage
 
     log.info("unit_started")
@@ -90,7 +92,7 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
             output = run_stage(engine, settings, claim, hold)
             with hold.silence(), transaction(engine) as session:
                 output.write(session)
-                output.save(work.locked_audit(session, claim.audit_id))
+                output.save(work.locked_owner(session, claim))
                 ready = work.complete(session, claim, result=output.result)
         except (CancelRequested, CancelPending):
             work.stop_for_cancel(engine, claim)
@@ -106,7 +108,8 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
                 log.exception("unit_failed_will_retry", code=failure.code)
                 work.release(engine, claim, reason=failure.message)
             else:
-                log.exception("audit_failed", code=failure.code)
+                what = "audit_failed" if claim.ranking_id is None else "ranking_failed"
+                log.exception(what, code=failure.code)
                 work.fail(
                     engine,
                     claim,
@@ -117,6 +120,8 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
             return ready
         finally:
             _held.remove(hold)
+    if claim.ranking_id is not None:
+        remove_if_deleted(engine, settings, claim)
     return []
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from app.audits.models import AuditState
+from app.audits.models import AuditState, RankingState
 from app.pagination import Page
 from app.work.models import Stage
 
@@ -18,7 +18,7 @@ ScoreOrder = Field(SCORE_ORDER, description="Which end of the scores is suspect.
 
 
 class AuditError(BaseModel):
-    """Why an audit failed."""
+    """Why an audit or a ranking failed."""
 
     code: str = Field(description="A stable code; docs/errors.md lists them.")
     message: str = Field(description="What happened and what to change.")
@@ -166,6 +166,22 @@ class AuditResults(BaseModel):
     score_order: str = ScoreOrder
 
 
+class Kept(BaseModel):
+    """What of a finished audit is still there, beside its rows."""
+
+    influence_bytes: int | None = Field(
+        description="Influence files, which further rankings are made from: measured when the "
+        "audit ended, 0 when they are deleted. None: an earlier version did not measure them."
+    )
+    results_bytes: int = Field(
+        description="The audit's own ranking as files; every other ranking tells its own."
+    )
+    until: datetime | None = Field(
+        description="When the influence files are, or were, deleted; results stay. None: they "
+        "stay as long as the audit."
+    )
+
+
 class Audit(BaseModel):
     """An audit and where it stands."""
 
@@ -190,6 +206,37 @@ class Audit(BaseModel):
     )
     timings: dict[str, float] = Field(description="Seconds of work per stage, over all workers.")
     results: AuditResults | None
+    kept: Kept | None = Field(None, description="Of an audit that succeeded.")
+    error: AuditError | None
+    links: dict[str, str]
+
+
+class RankingResults(BaseModel):
+    """What a ranking found."""
+
+    num_flagged: int
+    detection: Detection | None = Field(description="Needs known noise.")
+    files: dict[FileFormat, ResultFile]
+    warnings: list[str]
+    score_order: str = ScoreOrder
+
+
+class Ranking(BaseModel):
+    """One ranking of an audit and where it stands."""
+
+    id: str
+    audit_id: str
+    is_own: bool = Field(description="Whether it is the one that the audit was submitted with.")
+    state: RankingState
+    done: bool
+    progress: float = Field(ge=0, le=1)
+    created_at: datetime
+    finished_at: datetime | None
+    seconds: float | None = Field(
+        description="That a worker took; the audit's own is in the audit's timings."
+    )
+    request: dict[str, Any] = Field(description="As accepted, defaults filled in.")
+    results: RankingResults | None
     error: AuditError | None
     links: dict[str, str]
 

@@ -1,16 +1,25 @@
 """Make answers out of rows."""
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from operator import itemgetter
 from typing import Any, get_args
 
 from app.audits import answers
-from app.audits.models import Audit, AuditState, RankedSample, TrainingSample, ValidationSample
+from app.audits.models import (
+    Audit,
+    AuditState,
+    RankedSample,
+    Ranking,
+    RankingState,
+    TrainingSample,
+    ValidationSample,
+)
 from app.audits.repository import SuspectRow
 from app.work.models import Stage
 
 FILE_FORMATS = get_args(answers.FileFormat)
+_RESULTS = ("suspects", "layers", *(f"suspects.{name}" for name in FILE_FORMATS))
 
 
 def audit_path(audit_id: str, *rest: str) -> str:
@@ -18,8 +27,18 @@ def audit_path(audit_id: str, *rest: str) -> str:
     return "/".join(("/v1/audits", audit_id, *rest))
 
 
-def assemble_audit(audit: Audit) -> answers.Audit:
-    """Return an audit and where it stands."""
+def ranking_path(ranking: Ranking, *rest: str) -> str:
+    """Return the path of a ranking, or of a part of it."""
+    return audit_path(ranking.audit_id, "rankings", ranking.id, *rest)
+
+
+def assemble_audit(audit: Audit, *, influence_days: float) -> answers.Audit:
+    """Return an audit and where it stands.
+
+    Args:
+        audit: its row.
+        influence_days: how long influence files are kept; 0 is for ever.
+    """
     state = AuditState(audit.state)
     return answers.Audit(
         id=audit.id,
@@ -40,6 +59,7 @@ def assemble_audit(audit: Audit) -> answers.Audit:
         provenance=audit.provenance,
         timings=audit.timings,
         results=_results(audit) if state is AuditState.SUCCEEDED else None,
+        kept=_kept(audit, influence_days) if state is AuditState.SUCCEEDED else None,
         error=_error(audit) if state is AuditState.FAILED else None,
         links=_links(audit.id, state),
     )
@@ -51,9 +71,26 @@ def _in_order(state_times: dict[str, str]) -> dict[AuditState, datetime]:
     return dict(sorted(begun.items(), key=itemgetter(1)))
 
 
-def _error(audit: Audit) -> answers.AuditError:
+def _error(of: Audit | Ranking) -> answers.AuditError:
     return answers.AuditError(
-        code=audit.error_code or "", message=audit.error_message or "", field=audit.error_field
+        code=of.error_code or "", message=of.error_message or "", field=of.error_field
+    )
+
+
+def influence_until(audit: Audit, influence_days: float) -> datetime | None:
+    """Return when a finished audit's influence files are deleted, or were; None for never."""
+    if audit.influence_deleted_at is not None:
+        return audit.influence_deleted_at
+    if audit.finished_at is None or not influence_days:
+        return None
+    return audit.finished_at + timedelta(days=influence_days)
+
+
+def _kept(audit: Audit, influence_days: float) -> answers.Kept:
+    return answers.Kept(
+        influence_bytes=audit.influence_bytes,
+        results_bytes=sum(file["bytes"] for file in audit.summary["files"].values()),
+        until=influence_until(audit, influence_days),
     )
 
 
@@ -74,9 +111,45 @@ def _links(audit_id: str, state: AuditState) -> dict[str, str]:
     if not state.is_final:
         links["cancel"] = audit_path(audit_id, "cancel")
     if state is AuditState.SUCCEEDED:
-        for name in ("suspects", "layers", *(f"suspects.{name}" for name in FILE_FORMATS)):
+        for name in (*_RESULTS, "rankings"):
             links[name] = audit_path(audit_id, name)
     return links
+
+
+def assemble_ranking(ranking: Ranking) -> answers.Ranking:
+    """Return a ranking and where it stands."""
+    state = RankingState(ranking.state)
+    has_results = state is RankingState.SUCCEEDED
+    links = {"self": ranking_path(ranking), "audit": audit_path(ranking.audit_id)}
+    if has_results:
+        links |= {name: ranking_path(ranking, name) for name in _RESULTS}
+    return answers.Ranking(
+        id=ranking.id,
+        audit_id=ranking.audit_id,
+        is_own=ranking.is_own,
+        state=state,
+        done=state.is_final,
+        progress=ranking.progress,
+        created_at=ranking.created_at,
+        finished_at=ranking.finished_at,
+        seconds=ranking.seconds,
+        request={**ranking.specification, "flag": ranking.flag},
+        results=_ranking_results(ranking) if has_results else None,
+        error=_error(ranking) if state is RankingState.FAILED else None,
+        links=links,
+    )
+
+
+def _ranking_results(ranking: Ranking) -> answers.RankingResults:
+    summary = ranking.summary
+    files = {
+        name: {**file, "href": ranking_path(ranking, f"suspects.{name}")}
+        for name, file in summary["files"].items()
+    }
+    names = answers.RankingResults.model_fields.keys() & summary.keys()
+    return answers.RankingResults.model_validate(
+        {**{name: summary[name] for name in names}, "files": files}
+    )
 
 
 def assemble_suspect(row: SuspectRow) -> answers.Suspect:
@@ -86,12 +159,12 @@ def assemble_suspect(row: SuspectRow) -> answers.Suspect:
 
 
 def assemble_sample(
-    audit: Audit, row: SuspectRow, validation: Mapping[int, ValidationSample]
+    ranking: Ranking, row: SuspectRow, validation: Mapping[int, ValidationSample]
 ) -> answers.SampleDetail:
     """Return one training sample with the evidence.
 
     Args:
-        audit: its audit; the summary names the layer groups.
+        ranking: its summary names the layer groups.
         row: its place in the ranking.
         validation: the validation samples that the place names, by index.
     """
@@ -104,7 +177,7 @@ def assemble_sample(
         ]
 
     standings = zip(
-        audit.summary["group_order"], ranked.group_scores, ranked.group_ranks, strict=True
+        ranking.summary["group_order"], ranked.group_scores, ranked.group_ranks, strict=True
     )
     return answers.SampleDetail(
         **_suspect_fields(ranked, sample),
@@ -118,9 +191,8 @@ def assemble_sample(
     )
 
 
-def assemble_layers(audit: Audit) -> answers.LayerTable:
-    """Return every computed configuration."""
-    summary = audit.summary
+def assemble_layers(summary: Mapping[str, Any]) -> answers.LayerTable:
+    """Return every configuration that an audit, or a ranking, computed."""
     # JSONB forgets the order of keys; the groups have one, from the first layer to the last.
     # Winnow 0.1.0 kept one order for the table and for the samples' standings.
     order = summary.get("layer_group_order", summary["group_order"])

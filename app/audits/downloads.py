@@ -7,7 +7,8 @@ from fastapi import Response
 from starlette.responses import FileResponse
 
 from app.audits.answers import SCORE_ORDER, FileFormat
-from app.audits.models import Audit
+from app.audits.assemble import ranking_path
+from app.audits.models import Ranking
 from app.conditional import entity_tag, is_unchanged
 from app.errors import NotFound, RangeNotSatisfiable
 
@@ -23,17 +24,17 @@ _RANGE = re.compile(r"(?:(?P<first>\d{1,18})-(?:\d{1,18})?|-(?P<last>\d{1,18}))"
 
 def ranking_file(
     folder: Path,
-    audit: Audit,
+    ranking: Ranking,
     file_format: FileFormat,
     *,
     if_none_match: str | None,
     requested_range: str | None,
 ) -> Response:
-    """Return a finished audit's file, a part of it, or 304.
+    """Return a finished ranking's file, a part of it, or 304.
 
     Args:
-        folder: the audit's own.
-        audit: its summary holds size and SHA-256 of the files.
+        folder: the audit's.
+        ranking: its summary holds size and SHA-256 of the files.
         file_format: which file.
         if_none_match: the request's header.
         requested_range: the request's header; parts by Starlette, errors as problems.
@@ -42,7 +43,7 @@ def ranking_file(
         NotFound: the file is gone from the data directory.
         RangeNotSatisfiable: the part is none of the file's.
     """
-    described = audit.summary["files"][file_format]
+    described = ranking.summary["files"][file_format]
     etag = entity_tag(described["sha256"])
     # A file never changes once it is there, but a shared cache must still ask whose it is.
     headers = {
@@ -52,11 +53,11 @@ def ranking_file(
     }
     if is_unchanged(if_none_match, etag):
         return Response(status_code=304, headers=headers)
-    path = folder / "results" / f"suspects.{file_format}"
+    path = folder / ranking.folder / f"suspects.{file_format}"
     if not path.is_file():
         raise NotFound(
             "The file is gone from the server's data directory. The ranking is still there, page "
-            f"by page: GET /v1/audits/{audit.id}/suspects."
+            f"by page: GET {ranking_path(ranking, 'suspects')}."
         )
     if requested_range is not None:
         _check_range(requested_range, described["bytes"])
@@ -64,7 +65,7 @@ def ranking_file(
         path,
         headers=headers,
         media_type=MEDIA_TYPES[file_format],
-        filename=f"{audit.id}-suspects.{file_format}",
+        filename=f"{ranking.audit_id if ranking.is_own else ranking.id}-suspects.{file_format}",
     )
 
 

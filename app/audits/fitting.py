@@ -28,7 +28,7 @@ def check_fits_together(request: "AuditRequest") -> None:
     _check_columns(request)
     _check_verification(request)
     for path, ranking in named_rankings(request):
-        _check_layers(request, path, ranking)
+        check_ranking(request, ranking, at=path)
     for path, name in named_estimators(request):
         _check_needs(request, path, name)
     _check_parameters(request)
@@ -49,6 +49,33 @@ def named_rankings(request: "AuditRequest") -> Iterator[tuple[Path, "RankingSpec
     yield ("ranking",), request.ranking
     for place, ranking in enumerate(request.verify.rankings if request.verify else ()):
         yield ("verify", "rankings", place), ranking
+
+
+def computed_estimators(request: "AuditRequest") -> list[EstimatorName]:
+    """Return the estimators that an audit computes: the asked ones and the baselines."""
+    asked = [name for _, name in named_estimators(request)]
+    asked += [EstimatorName.LOSS, EstimatorName.RANDOM]
+    if request.plant_noise or (request.train.columns and request.train.columns.noise):
+        asked.append(EstimatorName.ORACLE)
+    return list(dict.fromkeys(asked))
+
+
+def check_later_ranking(request: "AuditRequest", ranking: "RankingSpecification") -> None:
+    """Check a ranking that is asked when the audit has ended against what the audit computed.
+
+    Raises:
+        FieldConflict: the field to change, and how.
+    """
+    # the lengths of all gradients are kept with every audit
+    there_are = dict.fromkeys([*computed_estimators(request), EstimatorName.SELF_INFLUENCE])
+    if ranking.estimator not in there_are:
+        raise FieldConflict(
+            "estimator",
+            message=f"the audit did not compute {ranking.estimator.value}; it has "
+            f"{', '.join(name.value for name in there_are)}. Choose one of them, or submit an "
+            "audit with this one among its estimators",
+        )
+    check_ranking(request, ranking)
 
 
 def _check_model(request: "AuditRequest") -> None:
@@ -142,54 +169,56 @@ def _check_verification(request: "AuditRequest") -> None:
         )
 
 
-def _check_layers(request: "AuditRequest", path: Path, ranking: "RankingSpecification") -> None:
-    name = ".".join(map(str, path))
+def check_ranking(
+    request: "AuditRequest", ranking: "RankingSpecification", *, at: Path = ()
+) -> None:
+    """Check that a ranking's layers fit its estimator, and the audit that it is of.
+
+    Args:
+        request: the audit's.
+        ranking: its own or a later one.
+        at: where the ranking stands in the body that is checked.
+
+    Raises:
+        FieldConflict: the field to change, and how.
+    """
     estimator = ESTIMATORS[ranking.estimator]
     parts = ranking.layers.split(",")
+    the_estimator = f"{'.'.join(map(str, (*at, 'estimator')))} {ranking.estimator.value}"
+    the_layers = ".".join(map(str, (*at, "layers")))
+
+    def conflict(message: str) -> FieldConflict:
+        return FieldConflict(*at, "layers", message=message)
+
     for part in parts:
         first, _, last = part.partition("-")
         if last and int(last) < int(first):
-            raise FieldConflict(
-                *(*path, "layers"),
-                message=f"the layers {part} end before they begin; write {last}-{first}",
-            )
+            raise conflict(f"the layers {part} end before they begin; write {last}-{first}")
     if not estimator.has_layers and ranking.layers != "all":
-        raise FieldConflict(
-            *(*path, "layers"),
-            message=f"{name}.estimator {ranking.estimator.value} has no layers; set "
-            f"{name}.layers to all",
-        )
+        raise conflict(f"{the_estimator} has no layers; set {the_layers} to all")
     if "word_embeddings" in estimator.needs and ranking.layers != "WE":
-        raise FieldConflict(
-            *(*path, "layers"),
-            message=f"{name}.estimator {ranking.estimator.value} looks at the word embeddings "
-            f"alone; set {name}.layers to WE",
+        raise conflict(
+            f"{the_estimator} looks at the word embeddings alone; set {the_layers} to WE"
         )
     elsewhere = [part for part in parts if part in {"CL", "WE"}]
     if "hidden_states" in estimator.needs and elsewhere:
-        raise FieldConflict(
-            *(*path, "layers"),
-            message=f"{name}.estimator {ranking.estimator.value} compares what the transformer "
-            f"blocks put out, and has no layers {' and '.join(elsewhere)}; set {name}.layers to "
-            "all, to a block (04) or to a range of blocks (02-03)",
+        raise conflict(
+            f"{the_estimator} compares what the transformer blocks put out, and has no layers "
+            f"{' and '.join(elsewhere)}; set {the_layers} to all, to a block (04) or to a range "
+            "of blocks (02-03)"
         )
-    if "WE" in parts and "word_embeddings" not in estimator.needs:
-        _check_word_embeddings(request, path, ranking.estimator)
-
-
-def _check_word_embeddings(request: "AuditRequest", path: Path, name: EstimatorName) -> None:
-    field = ".".join(map(str, path))
-    if not _NEEDS_OTHER_MODULES.isdisjoint(ESTIMATORS[name].needs):
-        raise FieldConflict(
-            *(*path, "layers"),
-            message=f"{field}.estimator {name.value} does not look at the word embeddings; leave "
-            f"WE out of {field}.layers, or rank by grad_dot, grad_cosine or tracin_we",
+    if "WE" not in parts or "word_embeddings" in estimator.needs:
+        return
+    if not _NEEDS_OTHER_MODULES.isdisjoint(estimator.needs):
+        raise conflict(
+            f"{the_estimator} does not look at the word embeddings; leave WE out of {the_layers}, "
+            "or rank by grad_dot, grad_cosine or tracin_we"
         )
     if not request.model.word_embeddings:
-        raise FieldConflict(
-            *(*path, "layers"),
-            message="the gradients of the word embeddings are not taken; set "
-            f"model.word_embeddings to true, or leave WE out of {field}.layers",
+        where = "" if at else " in another audit"
+        raise conflict(
+            "the gradients of the word embeddings are not taken; set model.word_embeddings to true"
+            f"{where}, or leave WE out of {the_layers}"
         )
 
 

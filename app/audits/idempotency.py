@@ -1,67 +1,83 @@
-"""Idempotency keys: the same key with the same body is the same audit (SERVICE.md, section 1)."""
+"""Idempotency keys: the same key with the same body is the same answer (SERVICE.md, section 1)."""
 
 import hashlib
 import json
+from dataclasses import dataclass
 
-from sqlalchemy import select
+from pydantic import BaseModel
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app.audits.models import Audit, IdempotencyKey
-from app.audits.repository import find_audit
-from app.audits.schemas import AuditRequest
+from app.audits.models import IdempotencyKey
 from app.errors import Conflict, InvalidRequest
 
-SUBMIT_ROUTE = "POST /v1/audits"
 
+@dataclass(frozen=True)
+class KeyedCall:
+    """A call that makes something, with a key of the caller's.
 
-def body_digest(request: AuditRequest) -> str:
-    """Return the SHA-256 of what a request says; spaces and the order of fields do not count."""
-    body = request.model_dump(mode="json", exclude_unset=True)
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def claim_key(session: Session, *, tenant: str, key: str, digest: str, audit_id: str) -> bool:
-    """Bind a key to a new audit in the caller's transaction.
-
-    A twin that is in another transaction is waited for.
-
-    Returns:
-        Whether the key was free.
+    Attributes:
+        tenant: whose call it is; keys of others do not count.
+        route: method and path, with the ids in it.
+        key: the header's value.
+        digest: of the body.
+        thing: what the call makes, as errors name it.
     """
-    row = insert(IdempotencyKey).values(
-        tenant=tenant, route=SUBMIT_ROUTE, key=key, body_sha256=digest, audit_id=audit_id
-    )
-    claimed = session.execute(row.on_conflict_do_nothing().returning(IdempotencyKey.key))
-    return claimed.first() is not None
 
+    tenant: str
+    route: str
+    key: str
+    digest: str
+    thing: str
 
-def find_first_answer(session: Session, *, tenant: str, key: str, digest: str) -> Audit | None:
-    """Return the audit that a key was given before; None for a key that is new.
+    @classmethod
+    def of(cls, body: BaseModel, *, tenant: str, route: str, key: str, thing: str) -> "KeyedCall":
+        """Return a call with the SHA-256 of what its body says.
 
-    Raises:
-        InvalidRequest: the key came with another body.
-        Conflict: the key's audit was deleted.
-    """
-    bound = session.scalars(
-        select(IdempotencyKey).where(
-            IdempotencyKey.tenant == tenant,
-            IdempotencyKey.route == SUBMIT_ROUTE,
-            IdempotencyKey.key == key,
+        Spaces and the order of fields do not count.
+        """
+        said = body.model_dump(mode="json", exclude_unset=True)
+        canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
+        return cls(tenant, route, key, hashlib.sha256(canonical.encode()).hexdigest(), thing)
+
+    def claim(self, session: Session, answer_id: str) -> bool:
+        """Bind the key to what is being made, in the caller's transaction.
+
+        A twin that is in another transaction is waited for.
+
+        Returns:
+            Whether the key was free.
+        """
+        row = insert(IdempotencyKey).values(
+            tenant=self.tenant,
+            route=self.route,
+            key=self.key,
+            body_sha256=self.digest,
+            answer_id=answer_id,
         )
-    ).one_or_none()
-    if bound is None:
-        return None
-    if bound.body_sha256 != digest:
-        raise InvalidRequest.at(
-            "header.Idempotency-Key",
-            "This key came with another body before. Send the body as it was, or a new key for a "
-            "new audit.",
+        claimed = session.execute(row.on_conflict_do_nothing().returning(IdempotencyKey.key))
+        return claimed.first() is not None
+
+    def first_answer(self, session: Session) -> str | None:
+        """Return the id of what the key was given for before; None for a key that is new.
+
+        Raises:
+            InvalidRequest: the key came with another body.
+        """
+        bound = session.get(IdempotencyKey, (self.tenant, self.route, self.key))
+        if bound is None:
+            return None
+        if bound.body_sha256 != self.digest:
+            raise InvalidRequest.at(
+                "header.Idempotency-Key",
+                "This key came with another body before. Send the body as it was, or a new key for "
+                f"a new {self.thing}.",
+            )
+        return bound.answer_id
+
+    def is_gone(self, answer_id: str) -> Conflict:
+        """Return the error for a key whose answer was deleted."""
+        return Conflict(
+            f"This key's {self.thing}, {answer_id}, was deleted. Send a new key for a new "
+            f"{self.thing}."
         )
-    audit = find_audit(session, tenant, bound.audit_id)
-    if audit is None:
-        raise Conflict(
-            f"This key's audit, {bound.audit_id}, was deleted. Send a new key for a new audit."
-        )
-    return audit

@@ -44,6 +44,20 @@ class AuditState(StrEnum):
 FINAL_STATES = frozenset({AuditState.SUCCEEDED, AuditState.FAILED, AuditState.CANCELLED})
 
 
+class RankingState(StrEnum):
+    """Where a ranking stands; the last two are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the ranking has ended."""
+        return self in {RankingState.SUCCEEDED, RankingState.FAILED}
+
+
 class Audit(Base):
     """One audit. The row is the truth; messages only say "look at it"."""
 
@@ -76,6 +90,9 @@ class Audit(Base):
     error_message: Mapped[str | None] = mapped_column(Text)
     error_field: Mapped[str | None]
 
+    influence_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    influence_deleted_at: Mapped[datetime | None]
+
     __table_args__ = (
         CheckConstraint(
             "state IN ({})".format(", ".join(f"'{state}'" for state in AuditState)), name="state"
@@ -83,19 +100,52 @@ class Audit(Base):
         CheckConstraint("(state = 'failed') = (error_code IS NOT NULL)", name="error"),
         Index("ix_audits_tenant_id", "tenant", "id"),
         Index("ix_audits_open", "id", postgresql_where=text("finished_at IS NULL")),
+        Index(
+            "ix_audits_kept", "finished_at", postgresql_where=text("influence_deleted_at IS NULL")
+        ),
     )
 
 
 class Ranking(Base):
-    """One ordering of an audit's training samples."""
+    """One ordering of an audit's training samples: the audit's own, or one that was asked later.
+
+    The audit's own appears when the audit has ended; a later one has a unit of work of its own.
+    """
 
     __tablename__ = "rankings"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    audit_id: Mapped[str] = mapped_column(ForeignKey("audits.id", ondelete="CASCADE"), index=True)
+    audit_id: Mapped[str] = mapped_column(ForeignKey("audits.id", ondelete="CASCADE"))
     tenant: Mapped[str]
+    is_own: Mapped[bool] = mapped_column(default=False)
     specification: Mapped[dict[str, Any]]
+    flag: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(default=RankingState.QUEUED)
+    version: Mapped[int] = mapped_column(BigInteger, default=1)
+    progress: Mapped[float] = mapped_column(REAL, default=0.0)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    finished_at: Mapped[datetime | None]
+    seconds: Mapped[float | None] = mapped_column(REAL)
+    summary: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    folder: Mapped[str]  # of its files, below the audit's own
+
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None] = mapped_column(Text)
+    error_field: Mapped[str | None]
+
+    __table_args__ = (
+        CheckConstraint(
+            "state IN ({})".format(", ".join(f"'{state}'" for state in RankingState)), name="state"
+        ),
+        CheckConstraint("(state = 'failed') = (error_code IS NOT NULL)", name="error"),
+        Index("ix_rankings_audit_id", "audit_id", "id"),
+        Index("ix_rankings_own", "audit_id", unique=True, postgresql_where=text("is_own")),
+    )
+
+    @staticmethod
+    def folder_of(ranking_id: str) -> str:
+        """Return where a ranking's files lie, below the audit's folder."""
+        return f"results/{ranking_id}"
 
 
 class TrainingSample(Base):
@@ -171,5 +221,5 @@ class IdempotencyKey(Base):
     route: Mapped[str] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)
     body_sha256: Mapped[str]
-    audit_id: Mapped[str]
+    answer_id: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)

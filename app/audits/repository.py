@@ -10,10 +10,27 @@ from sqlalchemy.orm import Session
 from app.audits.models import Audit, RankedSample, Ranking, TrainingSample, ValidationSample
 
 
-def find_audit(session: Session, tenant: str, audit_id: str, *, lock: bool = False) -> Audit | None:
-    """Return a tenant's audit."""
+def find_audit(
+    session: Session,
+    tenant: str,
+    audit_id: str,
+    *,
+    lock: bool = False,
+    lock_to_use: bool = False,
+) -> Audit | None:
+    """Return a tenant's audit.
+
+    Args:
+        session: the transaction.
+        tenant: whose audits count.
+        audit_id: which.
+        lock: hold the row until the transaction ends, to delete it or to change what it is.
+        lock_to_use: the same, but let others refer to the row.
+    """
     statement = select(Audit).where(Audit.id == audit_id, Audit.tenant == tenant)
-    return session.scalars(statement.with_for_update() if lock else statement).one_or_none()
+    if lock or lock_to_use:
+        statement = statement.with_for_update(key_share=not lock)
+    return session.scalars(statement).one_or_none()
 
 
 def list_audits(
@@ -59,7 +76,37 @@ def uses_dataset(session: Session, tenant: str, reference: str) -> bool:
 def ranking_of(session: Session, tenant: str, audit_id: str) -> Ranking:
     """Return a finished audit's own ranking."""
     statement = select(Ranking).where(Ranking.audit_id == audit_id, Ranking.tenant == tenant)
-    return session.scalars(statement.order_by(Ranking.id).limit(1)).one()
+    return session.scalars(statement.where(Ranking.is_own)).one()
+
+
+def find_ranking(
+    session: Session, tenant: str, audit_id: str, ranking_id: str, *, lock: bool = False
+) -> Ranking | None:
+    """Return a ranking of a tenant's audit."""
+    statement = select(Ranking).where(
+        Ranking.id == ranking_id, Ranking.audit_id == audit_id, Ranking.tenant == tenant
+    )
+    return session.scalars(statement.with_for_update() if lock else statement).one_or_none()
+
+
+def list_rankings(
+    session: Session, tenant: str, audit_id: str, *, limit: int, after_id: str | None = None
+) -> list[Ranking]:
+    """Return an audit's rankings, its own first, one more than `limit` when there are more.
+
+    Ids sort by the time of their making, and the audit's own is made before the audit ends.
+    """
+    statement = select(Ranking).where(Ranking.audit_id == audit_id, Ranking.tenant == tenant)
+    if after_id is not None:
+        statement = statement.where(Ranking.id > after_id)
+    return list(session.scalars(statement.order_by(Ranking.id).limit(limit + 1)))
+
+
+def lock_unfinished_rankings(session: Session, audit_id: str) -> list[str]:
+    """Lock all rankings of an audit and return the ids of those that have not ended."""
+    statement = select(Ranking).where(Ranking.audit_id == audit_id).order_by(Ranking.id)
+    rankings = session.scalars(statement.with_for_update())
+    return [ranking.id for ranking in rankings if ranking.finished_at is None]
 
 
 SuspectRow = Row[RankedSample, TrainingSample]

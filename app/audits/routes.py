@@ -1,53 +1,39 @@
 """HTTP: audits."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, BackgroundTasks, Header, Path, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 from pydantic import AwareDatetime
 from sqlalchemy.orm import Session
 
 from app.audits import answers, repository, service
-from app.audits.answers import SCORE_ORDER, FileFormat
-from app.audits.assemble import (
-    assemble_audit,
-    assemble_layers,
-    assemble_sample,
-    assemble_suspect,
-    audit_path,
+from app.audits.answers import FileFormat
+from app.audits.assemble import assemble_audit, assemble_layers, assemble_sample, audit_path
+from app.audits.documented import (
+    DOWNLOAD,
+    ETAG,
+    LOCATION,
+    NOT_MODIFIED,
+    REPLAYED,
+    RETRY_AFTER,
+    AuditId,
+    IdempotencyKey,
+    RequestedRange,
+    SampleIndex,
+    SuspectQuery,
 )
-from app.audits.downloads import MEDIA_TYPES, ranking_file
+from app.audits.downloads import ranking_file
+from app.audits.folders import audit_folder
 from app.audits.models import Audit, AuditState
 from app.audits.schemas import AuditRequest, Reference
 from app.conditional import IfNoneMatch, entity_tag, is_unchanged
 from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep
 from app.errors import Conflict, InvalidRequest, NotFound, RangeNotSatisfiable, problem_responses
 from app.pagination import Cursor, Limit, Page, cut_page, decode_cursor, encode_cursor, link_next
-
-MAX_INDEX = 2**31 - 1
-MAX_SCORE = 3.4e38  # scores are 32-bit
+from app.settings import Settings
 
 router = APIRouter(prefix="/v1/audits", tags=["audits"])
 results_router = APIRouter(prefix="/v1/audits", tags=["results"])
-
-AuditId = Annotated[str, Path(description="As POST /v1/audits answered it.")]
-Score = Annotated[float | None, Query(ge=-MAX_SCORE, le=MAX_SCORE, allow_inf_nan=False)]
-
-_RETRY_AFTER = {
-    "Retry-After": {
-        "description": "Seconds after which it makes sense to look; while it runs.",
-        "schema": {"type": "integer"},
-    }
-}
-_ETAG = {"ETag": {"description": "For If-None-Match.", "schema": {"type": "string"}}}
-_LOCATION = {"Location": {"description": "The audit.", "schema": {"type": "string"}}}
-_REPLAYED = {
-    "Idempotent-Replayed": {
-        "description": "true: an earlier call with this key made the audit.",
-        "schema": {"type": "string"},
-    }
-}
-_ORDER = {"Winnow-Score-Order": {"description": SCORE_ORDER, "schema": {"type": "string"}}}
-_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "Unchanged since the ETag."}}
 
 
 @router.post(
@@ -57,7 +43,7 @@ _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "Unchange
     responses={
         202: {
             "description": "Accepted for good: it is in the database.",
-            "headers": {**_LOCATION, **_RETRY_AFTER, **_REPLAYED},
+            "headers": {**LOCATION, **RETRY_AFTER, **REPLAYED},
         },
         **problem_responses(InvalidRequest, Conflict),
     },
@@ -71,14 +57,7 @@ def submit_audit(
     settings: SettingsDep,
     sender: SenderDep,
     tenant: TenantDep,
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            min_length=1,
-            max_length=255,
-            description="For a day, the same key with the same body answers the same audit.",
-        ),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> answers.Audit:
     """Submit an audit of a training set; poll the Location until it is done.
 
@@ -95,7 +74,7 @@ def submit_audit(
         response.headers["Idempotent-Replayed"] = "true"
     response.headers["Location"] = audit_path(submission.audit.id)
     _tell_state(response, submission.audit)
-    return assemble_audit(submission.audit)
+    return _answer(submission.audit, settings)
 
 
 @router.get("", summary="List audits", responses=problem_responses(InvalidRequest))
@@ -104,6 +83,7 @@ def list_audits(
     request: Request,
     response: Response,
     engine: EngineDep,
+    settings: SettingsDep,
     tenant: TenantDep,
     state: AuditState | None = None,
     model: Annotated[Reference | None, Query(description="The model's reference.")] = None,
@@ -129,9 +109,8 @@ def list_audits(
     rows, has_more = cut_page(rows, limit)
     next_cursor = encode_cursor(rows[-1].id) if has_more else None
     link_next(request, response, next_cursor)
-    return Page(
-        data=[assemble_audit(row) for row in rows], next_cursor=next_cursor, has_more=has_more
-    )
+    data = [_answer(row, settings) for row in rows]
+    return Page(data=data, next_cursor=next_cursor, has_more=has_more)
 
 
 @router.get(
@@ -139,14 +118,16 @@ def list_audits(
     summary="Get an audit",
     response_model=answers.Audit,
     responses={
-        200: {"headers": {**_ETAG, **_RETRY_AFTER}},
-        **_NOT_MODIFIED,
+        200: {"headers": {**ETAG, **RETRY_AFTER}},
+        **NOT_MODIFIED,
         **problem_responses(NotFound),
     },
 )
 def get_audit(
+    *,
     response: Response,
     engine: EngineDep,
+    settings: SettingsDep,
     tenant: TenantDep,
     audit_id: AuditId,
     if_none_match: IfNoneMatch = None,
@@ -156,7 +137,7 @@ def get_audit(
     _tell_state(response, audit)
     if is_unchanged(if_none_match, response.headers["ETag"]):
         return Response(status_code=304, headers=dict(response.headers))
-    return assemble_audit(audit)
+    return _answer(audit, settings)
 
 
 @router.post(
@@ -166,13 +147,17 @@ def get_audit(
     responses=problem_responses(NotFound, Conflict),
 )
 def cancel_audit(
-    response: Response, engine: EngineDep, tenant: TenantDep, audit_id: AuditId
+    response: Response,
+    engine: EngineDep,
+    settings: SettingsDep,
+    tenant: TenantDep,
+    audit_id: AuditId,
 ) -> answers.Audit:
     """Ask an audit to end; it does within seconds. Asking again changes nothing."""
     audit = service.cancel(engine, tenant=tenant, audit_id=audit_id)
     response.headers["Location"] = audit_path(audit.id)
     _tell_state(response, audit)
-    return assemble_audit(audit)
+    return _answer(audit, settings)
 
 
 @router.delete(
@@ -200,35 +185,14 @@ def list_suspects(
     engine: EngineDep,
     tenant: TenantDep,
     audit_id: AuditId,
-    flagged: Annotated[bool | None, Query(description="Only flagged, or only others.")] = None,
-    label: Annotated[
-        str | None, Query(max_length=200, description="Only samples with this given label.")
-    ] = None,
-    min_score: Score = None,
-    max_score: Score = None,
-    limit: Limit = 100,
-    cursor: Cursor = None,
+    query: SuspectQuery,
 ) -> answers.SuspectPage:
     """Page through the training samples, the most suspect first: the lowest score is suspect."""
-    after_rank = decode_cursor(cursor, int) if cursor else None
     with Session(engine) as session:
         results = service.results_of(session, tenant=tenant, audit_id=audit_id)
-        rows = repository.list_suspects(
-            session,
-            results.ranking,
-            limit=limit,
-            after_rank=after_rank,
-            flagged=flagged,
-            label=label,
-            min_score=min_score,
-            max_score=max_score,
-        )
-    page, has_more = cut_page([assemble_suspect(row) for row in rows], limit)
-    next_cursor = encode_cursor(page[-1].rank) if has_more else None
-    link_next(request, response, next_cursor)
-    return answers.SuspectPage(
-        data=page, next_cursor=next_cursor, has_more=has_more, ranking_id=results.ranking.id
-    )
+        page = query.page(results)
+    link_next(request, response, page.next_cursor)
+    return page
 
 
 @results_router.head("/{audit_id}/suspects.{file_format}", include_in_schema=False)
@@ -236,16 +200,7 @@ def list_suspects(
     "/{audit_id}/suspects.{file_format}",
     summary="Download the ranking",
     response_class=Response,
-    responses={
-        200: {
-            "description": "The whole ranking, the most suspect first.",
-            "headers": {**_ETAG, **_ORDER},
-            "content": {kind: {} for kind in MEDIA_TYPES.values()},
-        },
-        206: {"description": "The part that the Range header asked for."},
-        **_NOT_MODIFIED,
-        **problem_responses(NotFound, Conflict, RangeNotSatisfiable),
-    },
+    responses={**DOWNLOAD, **problem_responses(NotFound, Conflict, RangeNotSatisfiable)},
 )
 def download_suspects(
     *,
@@ -255,16 +210,14 @@ def download_suspects(
     audit_id: AuditId,
     file_format: FileFormat,
     if_none_match: IfNoneMatch = None,
-    requested_range: Annotated[
-        str | None, Header(alias="Range", max_length=2000, description="bytes=first-last")
-    ] = None,
+    requested_range: RequestedRange = None,
 ) -> Response:
     """Download the whole ranking as one file; the ETag is its SHA-256."""
     with Session(engine) as session:
-        audit = service.results_of(session, tenant=tenant, audit_id=audit_id).audit
+        ranking = service.results_of(session, tenant=tenant, audit_id=audit_id).ranking
     return ranking_file(
-        service.audit_folder(settings, audit_id),
-        audit,
+        audit_folder(settings.data_dir, audit_id),
+        ranking,
         file_format,
         if_none_match=if_none_match,
         requested_range=requested_range,
@@ -277,16 +230,13 @@ def download_suspects(
     responses=problem_responses(NotFound, Conflict),
 )
 def get_sample(
-    engine: EngineDep,
-    tenant: TenantDep,
-    audit_id: AuditId,
-    index: Annotated[int, Path(ge=0, le=MAX_INDEX, description="Row of the training file.")],
+    engine: EngineDep, tenant: TenantDep, audit_id: AuditId, index: SampleIndex
 ) -> answers.SampleDetail:
     """Get one training sample with its standing by layer group and whom it harms and helps."""
     with Session(engine) as session:
         results = service.results_of(session, tenant=tenant, audit_id=audit_id)
         row, validation = results.sample(index)
-        return assemble_sample(results.audit, row, validation)
+        return assemble_sample(results.ranking, row, validation)
 
 
 @results_router.get(
@@ -298,7 +248,11 @@ def get_layers(engine: EngineDep, tenant: TenantDep, audit_id: AuditId) -> answe
     """Get every computed configuration, with its detection where the noise is known."""
     with Session(engine) as session:
         audit = service.results_of(session, tenant=tenant, audit_id=audit_id).audit
-    return assemble_layers(audit)
+    return assemble_layers(audit.summary)
+
+
+def _answer(audit: Audit, settings: Settings) -> answers.Audit:
+    return assemble_audit(audit, influence_days=settings.influence_days)
 
 
 def _tell_state(response: Response, audit: Audit) -> None:

@@ -181,6 +181,18 @@ class Flag(Strict):
         return min(self.count or 0, num_train)
 
 
+class RankingRequest(RankingSpecification):
+    """Another ranking of an audit that has ended, from the influence that it computed."""
+
+    flag: Flag | None = Field(
+        None, description="Which of the lowest-scored samples are flagged. Default: as the audit."
+    )
+
+    def specification(self) -> RankingSpecification:
+        """Return the ranking alone."""
+        return RankingSpecification.model_validate(self.model_dump(exclude={"flag"}))
+
+
 Verify.model_rebuild()  # it names RankingSpecification
 
 

@@ -3,7 +3,6 @@
 import math
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 from sqlalchemy import Engine
@@ -11,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from app.audits import repository
 from app.audits.checks import check_request, missing_upload, uploads_of
-from app.audits.idempotency import body_digest, claim_key, find_first_answer
+from app.audits.folders import audit_folder
+from app.audits.idempotency import KeyedCall
 from app.audits.models import Audit, AuditState, Ranking, ValidationSample
 from app.audits.repository import SuspectRow
 from app.audits.schemas import AuditRequest
@@ -25,6 +25,7 @@ from app.work.repository import add_units, enter_state, request_cancel
 QUEUED_RETRY_SECONDS = 2
 RUNNING_RETRY_SECONDS = (5, 15)
 POLLS_PER_AUDIT = 10
+SUBMIT_ROUTE = "POST /v1/audits"
 
 log = structlog.get_logger()
 
@@ -57,10 +58,13 @@ def submit(
         InvalidRequest: the field that is wrong, or a key that came with another body.
         Conflict: the key's audit was deleted.
     """
-    digest = body_digest(request)
+    call = None
     if idempotency_key is not None:
+        call = KeyedCall.of(
+            request, tenant=tenant, route=SUBMIT_ROUTE, key=idempotency_key, thing="audit"
+        )
         with Session(engine, expire_on_commit=False) as session:
-            first = find_first_answer(session, tenant=tenant, key=idempotency_key, digest=digest)
+            first = _first_answer(session, call)
         if first is not None:
             return Submission(first, [], is_replay=True)
     checked = check_request(engine, settings, tenant=tenant, request=request)
@@ -74,10 +78,8 @@ def submit(
     )
     enter_state(audit, AuditState.QUEUED)
     with transaction(engine) as session:
-        if idempotency_key is not None and not claim_key(
-            session, tenant=tenant, key=idempotency_key, digest=digest, audit_id=audit.id
-        ):
-            first = find_first_answer(session, tenant=tenant, key=idempotency_key, digest=digest)
+        if call is not None and not call.claim(session, audit.id):
+            first = _first_answer(session, call)
             if first is not None:
                 return Submission(first, [], is_replay=True)
         _keep_uploads(session, tenant, checked)
@@ -86,6 +88,17 @@ def submit(
         unit_ids = add_units(session, audit.id, Stage.PREPARE)
     log.info("audit_accepted", audit_id=audit.id, tenant=tenant)
     return Submission(audit, unit_ids, is_replay=False)
+
+
+def _first_answer(session: Session, call: KeyedCall) -> Audit | None:
+    """Return the audit that a key was given before; None for a key that is new."""
+    audit_id = call.first_answer(session)
+    if audit_id is None:
+        return None
+    audit = repository.find_audit(session, call.tenant, audit_id)
+    if audit is None:
+        raise call.is_gone(audit_id)
+    return audit
 
 
 def _keep_uploads(session: Session, tenant: str, request: AuditRequest) -> None:
@@ -104,7 +117,7 @@ def get_audit(engine: Engine, *, tenant: str, audit_id: str) -> Audit:
         NotFound: there is none, or it is another tenant's.
     """
     with Session(engine) as session:
-        return _existing(repository.find_audit(session, tenant, audit_id), audit_id)
+        return existing(repository.find_audit(session, tenant, audit_id), audit_id)
 
 
 def cancel(engine: Engine, *, tenant: str, audit_id: str) -> Audit:
@@ -115,7 +128,7 @@ def cancel(engine: Engine, *, tenant: str, audit_id: str) -> Audit:
         Conflict: it has ended otherwise.
     """
     with transaction(engine) as session:
-        audit = _existing(repository.find_audit(session, tenant, audit_id, lock=True), audit_id)
+        audit = existing(repository.find_audit(session, tenant, audit_id, lock=True), audit_id)
         state = AuditState(audit.state)
         if state in {AuditState.SUCCEEDED, AuditState.FAILED}:
             raise Conflict(
@@ -137,21 +150,24 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, audit_id: str) ->
         Conflict: it has not ended.
     """
     with transaction(engine) as session:
-        audit = _existing(repository.find_audit(session, tenant, audit_id, lock=True), audit_id)
+        audit = existing(repository.find_audit(session, tenant, audit_id, lock=True), audit_id)
         if not AuditState(audit.state).is_final:
             raise Conflict(
                 f"The audit is {audit.state}. Cancel it and wait for its end, then delete it.",
                 state=audit.state,
                 headers={"Retry-After": str(retry_after(audit))},
             )
+        unfinished = repository.lock_unfinished_rankings(session, audit.id)
+        if unfinished:
+            raise Conflict(
+                f"Ranking {unfinished[0]} of this audit has not ended. Wait for its end or delete "
+                "it, then delete the audit.",
+                state=audit.state,
+                headers={"Retry-After": str(QUEUED_RETRY_SECONDS)},
+            )
         session.delete(audit)
-    shutil.rmtree(audit_folder(settings, audit_id), ignore_errors=True)
+    shutil.rmtree(audit_folder(settings.data_dir, audit_id), ignore_errors=True)
     log.info("audit_deleted", audit_id=audit_id)
-
-
-def audit_folder(settings: Settings, audit_id: str) -> Path:
-    """Return where an audit's files lie."""
-    return settings.data_dir / "audits" / audit_id
 
 
 def retry_after(audit: Audit) -> int:
@@ -167,7 +183,7 @@ def retry_after(audit: Audit) -> int:
 
 @dataclass(frozen=True)
 class Results:
-    """A finished audit with its ranking, inside the session that reads on."""
+    """A finished audit with one of its rankings, inside the session that reads on."""
 
     session: Session
     audit: Audit
@@ -196,13 +212,14 @@ def results_of(session: Session, *, tenant: str, audit_id: str) -> Results:
         NotFound: there is no such audit, or it is another tenant's.
         Conflict: it has no results: it has not ended yet, failed or was cancelled.
     """
-    audit = _existing(repository.find_audit(session, tenant, audit_id), audit_id)
+    audit = existing(repository.find_audit(session, tenant, audit_id), audit_id)
     if audit.state != AuditState.SUCCEEDED:
-        raise _no_results(audit)
+        raise no_results(audit)
     return Results(session, audit, repository.ranking_of(session, tenant, audit_id))
 
 
-def _no_results(audit: Audit) -> AppError:
+def no_results(audit: Audit) -> AppError:
+    """Return the error for an audit that has found nothing, or nothing yet."""
     state = AuditState(audit.state)
     if state is AuditState.FAILED:
         return Conflict(
@@ -219,7 +236,12 @@ def _no_results(audit: Audit) -> AppError:
     )
 
 
-def _existing(audit: Audit | None, audit_id: str) -> Audit:
+def existing(audit: Audit | None, audit_id: str) -> Audit:
+    """Return an audit that was looked up.
+
+    Raises:
+        NotFound: there is none.
+    """
     if audit is None:
         raise NotFound(f"There is no audit {audit_id!r}.")
     return audit

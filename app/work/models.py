@@ -4,7 +4,16 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, UniqueConstraint, func, text
+from sqlalchemy import (
+    ARRAY,
+    CheckConstraint,
+    ForeignKey,
+    Index,
+    String,
+    UniqueConstraint,
+    func,
+    text,
+)
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db import Base
@@ -23,6 +32,7 @@ class Stage(StrEnum):
     AGGREGATE = "aggregate"
     VERIFY = "verify"
     CONCLUDE = "conclude"
+    RANK = "rank"  # of a ranking that was asked after the audit's end; no audit goes through it
 
 
 class UnitState(StrEnum):
@@ -38,6 +48,7 @@ class UnitState(StrEnum):
 class WorkUnit(Base):
     """The smallest piece of work that is redone after a crash: one stage, or one shard of it.
 
+    It belongs to an audit's own run, or to a ranking that was asked later.
     The row is its own outbox entry: `ready` and not `sent_at` means that a message is owed.
     """
 
@@ -45,6 +56,7 @@ class WorkUnit(Base):
 
     id: Mapped[str] = mapped_column(primary_key=True)
     audit_id: Mapped[str] = mapped_column(ForeignKey("audits.id", ondelete="CASCADE"))
+    ranking_id: Mapped[str | None] = mapped_column(ForeignKey("rankings.id", ondelete="CASCADE"))
     stage: Mapped[str]
     position: Mapped[int]
     state: Mapped[str] = mapped_column(default=UnitState.READY)
@@ -62,13 +74,20 @@ class WorkUnit(Base):
     finished_at: Mapped[datetime | None]
 
     __table_args__ = (
-        UniqueConstraint("audit_id", "stage", "position"),
+        UniqueConstraint(
+            *("audit_id", "ranking_id", "stage", "position"), postgresql_nulls_not_distinct=True
+        ),
         CheckConstraint("(state = 'running') = (lease_until IS NOT NULL)", name="lease"),
         CheckConstraint(
             "state IN ({})".format(", ".join(f"'{state}'" for state in UnitState)), name="state"
         ),
         Index(
             "ix_work_units_open", "state", postgresql_where=text("state IN ('ready', 'running')")
+        ),
+        Index(
+            "ix_work_units_ranking",
+            "ranking_id",
+            postgresql_where=text("ranking_id IS NOT NULL"),
         ),
     )
 
@@ -80,6 +99,7 @@ class WorkerHeartbeat(Base):
 
     name: Mapped[str] = mapped_column(primary_key=True)
     device: Mapped[str]
+    queues: Mapped[list[str]] = mapped_column(ARRAY(String))
     engine_version: Mapped[str]
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -12,16 +12,17 @@ import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
-from sqlalchemy import Engine, delete, func, select
+from sqlalchemy import Engine, Select, delete, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from app.audits.models import Audit, IdempotencyKey
+from app.audits.models import Audit, IdempotencyKey, Ranking
 from app.db import transaction
-from app.jobs import queue_length, send_units
+from app.jobs import QUEUES, queue_length, send_units, stages_of_queue
 from app.settings import Settings
 from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
-from app.work.repository import Failure, fail_audit, settle_cancel
+from app.work.repository import Failure, Owner, fail_owner, settle_cancel
+from app.work.retention import expire_influence
 
 RECONCILER_LOCK = 0x77_69_6E_6F
 IDEMPOTENCY_KEPT = timedelta(hours=24)
@@ -46,6 +47,7 @@ def reconcile(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
     owed = _owed_units(engine, celery, settings)
     if owed:
         send_units(engine, celery, owed)
+    expire_influence(engine, settings)
     return owed
 
 
@@ -58,25 +60,23 @@ def _end_cancelled_audits(session: Session) -> None:
 
 
 def _take_back_expired_leases(session: Session, settings: Settings) -> None:
-    expired = (
-        select(Audit, WorkUnit)
-        .join(WorkUnit, WorkUnit.audit_id == Audit.id)
-        .where(WorkUnit.state == UnitState.RUNNING, WorkUnit.lease_until < func.now())
-        .order_by(Audit.id)
-        .with_for_update(skip_locked=True, key_share=True)
+    of_audits = select(Audit, WorkUnit).join(
+        WorkUnit, (WorkUnit.audit_id == Audit.id) & WorkUnit.ranking_id.is_(None)
     )
-    for audit, unit in session.execute(expired):
+    of_rankings = select(Ranking, WorkUnit).join(WorkUnit, WorkUnit.ranking_id == Ranking.id)
+    for owner, unit in (*_expired(session, of_audits), *_expired(session, of_rankings)):
         log.warning(
             "lease_expired",
-            audit_id=audit.id,
+            audit_id=unit.audit_id,
+            ranking_id=unit.ranking_id,
             unit_id=unit.id,
             stage=unit.stage,
             attempts=unit.attempts,
         )
         if unit.attempts >= settings.max_attempts:
-            fail_audit(
+            fail_owner(
                 session,
-                audit,
+                owner,
                 Failure(
                     code="worker_lost",
                     message=f"Stage {unit.stage}, part {unit.position}, lost its worker "
@@ -92,6 +92,19 @@ def _take_back_expired_leases(session: Session, settings: Settings) -> None:
             unit.last_error = "its worker was lost"
 
 
+def _expired(
+    session: Session, units: Select[Audit, WorkUnit] | Select[Ranking, WorkUnit]
+) -> list[tuple[Owner, WorkUnit]]:
+    """Return the units whose lease has run out with their owners, all of them locked."""
+    is_lost = (WorkUnit.state == UnitState.RUNNING) & (WorkUnit.lease_until < func.now())
+    found = session.execute(
+        units.where(is_lost)
+        .order_by(WorkUnit.audit_id)
+        .with_for_update(skip_locked=True, key_share=True)
+    )
+    return [(owner, unit) for owner, unit in found]
+
+
 def _forget_old_rows(session: Session) -> None:
     session.execute(
         delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - IDEMPOTENCY_KEPT)
@@ -103,25 +116,28 @@ def _forget_old_rows(session: Session) -> None:
 
 def _owed_units(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
     """Return ready units that no message stands for: never sent, or sent and lost."""
-    ready = (
-        select(WorkUnit.id)
-        .where(WorkUnit.state == UnitState.READY)
-        .order_by(WorkUnit.id)
-        .limit(MAX_UNITS_PER_ROUND)
-    )
     never_sent = WorkUnit.sent_at.is_(None)
     sent_long_ago = WorkUnit.sent_at < func.now() - timedelta(seconds=settings.reconcile_seconds)
+    owed: list[str] = []
     with Session(engine) as session:
-        if not session.scalars(ready.limit(1)).first():
-            return []
-        # Messages that still wait in the broker are not lost; only an empty queue proves it.
-        try:
-            is_drained = queue_length(celery) == 0
-        except (OperationalError, RedisError, OSError):
-            return []
-        return list(
-            session.scalars(ready.where(never_sent | sent_long_ago if is_drained else never_sent))
-        )
+        for queue in QUEUES:
+            ready = (
+                select(WorkUnit.id)
+                .where(WorkUnit.state == UnitState.READY)
+                .where(WorkUnit.stage.in_(stages_of_queue(queue)))
+                .order_by(WorkUnit.id)
+                .limit(MAX_UNITS_PER_ROUND)
+            )
+            if not session.scalars(ready.limit(1)).first():
+                continue
+            # Messages that still wait in the broker are not lost; only an empty queue proves it.
+            try:
+                is_drained = queue_length(celery, queue) == 0
+            except (OperationalError, RedisError, OSError):
+                return []
+            is_owed = never_sent | sent_long_ago if is_drained else never_sent
+            owed += session.scalars(ready.where(is_owed))
+    return owed
 
 
 class Reconciler(threading.Thread):

@@ -12,12 +12,15 @@ from typing import Any
 from sqlalchemy import ColumnElement, Engine, func, select, update
 from sqlalchemy.orm import Session
 
-from app.audits.models import Audit, AuditState
+from app.audits.models import Audit, AuditState, Ranking, RankingState
 from app.db import new_id, transaction
 from app.work.models import Stage, UnitState, WorkUnit
 from app.work.stages import STATE_OF_STAGE, next_stage, num_units, overall_progress
 
 _LEAST_PROGRESS_FOR_ETA = 0.05  # an estimate from less is a guess
+
+Owner = Audit | Ranking
+"""Whose unit it is: an audit that runs, or a ranking of an audit that has ended."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,11 @@ class Claim:
     position: int
     epoch: int
     attempts: int
+    ranking_id: str | None = None
 
 
 class LeaseLost(Exception):
-    """The unit is held by another worker, or its audit has ended; its result must be dropped."""
+    """Another worker has the unit, or its owner has ended or is gone; drop its result."""
 
 
 class CancelPending(LeaseLost):
@@ -42,7 +46,7 @@ class CancelPending(LeaseLost):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an audit failed: a stable code, a sentence that says what to change, the field."""
+    """Why it failed: a stable code, a sentence that says what to change, the field."""
 
     code: str
     message: str
@@ -52,14 +56,11 @@ class Failure:
 def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> Claim | None:
     """Take a unit that is ready or whose lease has run out; None when there is nothing to take."""
     with transaction(engine) as session:
-        # Everywhere in this file the audit's row is locked before the unit's: no deadlocks.
-        audit = session.scalars(
-            select(Audit)
-            .join(WorkUnit, WorkUnit.audit_id == Audit.id)
-            .where(WorkUnit.id == unit_id)
-            .with_for_update(of=Audit, key_share=True)
-        ).one_or_none()
-        if audit is None or audit.finished_at is not None or audit.cancel_requested_at is not None:
+        # Everywhere in this file the owner's row is locked before the unit's: no deadlocks.
+        ids = select(WorkUnit.audit_id, WorkUnit.ranking_id).where(WorkUnit.id == unit_id)
+        found = session.execute(ids).one_or_none()
+        owner_row = _locked(session, *found) if found else None
+        if owner_row is None or owner_row.finished_at is not None or is_cancelling(owner_row):
             return None
         lease_is_over = WorkUnit.lease_until < func.now()
         unit = session.scalars(
@@ -80,9 +81,20 @@ def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> 
         unit.lease_until = _lease_end(lease_seconds)
         unit.started_at = unit.started_at or func.now()
         stage = Stage(unit.stage)
-        enter_state(audit, STATE_OF_STAGE[stage])
-        audit.stage = stage
-        return Claim(unit.id, audit.id, stage, unit.position, unit.epoch, unit.attempts)
+        if isinstance(owner_row, Audit):
+            enter_state(owner_row, STATE_OF_STAGE[stage])
+            owner_row.stage = stage
+        else:
+            enter_ranking_state(owner_row, RankingState.RUNNING)
+        return Claim(
+            unit.id,
+            unit.audit_id,
+            stage,
+            unit.position,
+            unit.epoch,
+            unit.attempts,
+            ranking_id=unit.ranking_id,
+        )
 
 
 def renew(
@@ -100,17 +112,21 @@ def renew(
         Whether the caller has asked to cancel the audit.
 
     Raises:
-        LeaseLost: another worker has the unit, or the audit has ended.
+        LeaseLost: another worker has the unit, or its owner has ended or is gone.
     """
     with transaction(engine) as session:
-        audit = locked_audit(session, held.audit_id)
+        owner = locked_owner(session, held)
         unit = _held_unit(session, held)
         unit.lease_until = _lease_end(lease_seconds)
         unit.done = done
         unit.total = total
+        if isinstance(owner, Ranking):
+            owner.progress = max(owner.progress, min(1.0, done / max(total, 1)))
+            owner.version += 1
+            return False
         session.flush()
-        _report_progress(session, audit, held.stage, samples_per_second)
-        return audit.cancel_requested_at is not None
+        _report_progress(session, owner, held.stage, samples_per_second)
+        return is_cancelling(owner)
 
 
 def complete(session: Session, held: Claim, *, result: dict[str, Any]) -> list[str]:
@@ -122,14 +138,23 @@ def complete(session: Session, held: Claim, *, result: dict[str, Any]) -> list[s
     Raises:
         LeaseLost: the unit is no longer ours; the caller's transaction must be rolled back.
     """
-    audit = locked_audit(session, held.audit_id)
-    if audit.cancel_requested_at is not None:
+    owner = locked_owner(session, held)
+    if is_cancelling(owner):
         raise CancelPending(held.unit_id)
     unit = _leave(session, held, state=UnitState.DONE)
     unit.result = result
     unit.done = unit.total
     unit.finished_at = func.now()
+    if isinstance(owner, Ranking):
+        owner.progress = 1.0
+        enter_ranking_state(owner, RankingState.SUCCEEDED)
+        return []
     session.flush()
+    return _go_on(session, owner, held)
+
+
+def _go_on(session: Session, audit: Audit, held: Claim) -> list[str]:
+    """Open an audit's next stage, or end it, when the unit was the last of its stage."""
     _report_progress(session, audit, held.stage, None)
     open_units = select(func.count()).where(
         WorkUnit.audit_id == audit.id,
@@ -148,6 +173,20 @@ def complete(session: Session, held: Claim, *, result: dict[str, Any]) -> list[s
     return []
 
 
+def add_ranking_unit(session: Session, ranking: Ranking) -> list[str]:
+    """Add the unit of a ranking, ready to be sent, and return its id."""
+    unit = WorkUnit(
+        id=new_id("wrk"),
+        audit_id=ranking.audit_id,
+        ranking_id=ranking.id,
+        stage=Stage.RANK,
+        position=0,
+    )
+    session.add(unit)
+    session.flush()
+    return [unit.id]
+
+
 def add_units(session: Session, audit_id: str, stage: Stage, *, count: int = 1) -> list[str]:
     """Add the units of a stage, ready to be sent, and return their ids."""
     units = [
@@ -162,8 +201,8 @@ def add_units(session: Session, audit_id: str, stage: Stage, *, count: int = 1) 
 def release(engine: Engine, held: Claim, *, reason: str, count_attempt: bool = True) -> None:
     """Give a unit back so that a worker can take it again; does nothing when it is not ours."""
     with transaction(engine) as session:
-        locked_audit(session, held.audit_id)
         try:
+            locked_owner(session, held)
             unit = _leave(session, held, state=UnitState.READY)
         except LeaseLost:
             return
@@ -173,26 +212,29 @@ def release(engine: Engine, held: Claim, *, reason: str, count_attempt: bool = T
 
 
 def fail(engine: Engine, held: Claim, failure: Failure) -> None:
-    """End a unit's audit as failed, unless the unit is no longer ours."""
+    """End a unit's audit or ranking as failed, unless the unit is no longer ours."""
     with transaction(engine) as session:
-        audit = locked_audit(session, held.audit_id)
         try:
+            owner = locked_owner(session, held)
             unit = _leave(session, held, state=UnitState.FAILED)
         except LeaseLost:
             return
         unit.last_error = failure.message
-        fail_audit(session, audit, failure)
+        fail_owner(session, owner, failure)
 
 
-def fail_audit(session: Session, audit: Audit, failure: Failure) -> None:
-    """End an audit as failed and withdraw what is left of its work."""
-    if audit.finished_at is not None:
+def fail_owner(session: Session, owner: Owner, failure: Failure) -> None:
+    """End an audit or a ranking as failed and withdraw what is left of its work."""
+    if owner.finished_at is not None:
         return
-    audit.error_code = failure.code
-    audit.error_message = failure.message
-    audit.error_field = failure.field
-    finish(audit, AuditState.FAILED)
-    _withdraw_units(session, audit.id, states=(UnitState.READY, UnitState.RUNNING))
+    owner.error_code = failure.code
+    owner.error_message = failure.message
+    owner.error_field = failure.field
+    if isinstance(owner, Audit):
+        finish(owner, AuditState.FAILED)
+    else:
+        enter_ranking_state(owner, RankingState.FAILED)
+    _withdraw_units(session, owner, states=(UnitState.READY, UnitState.RUNNING))
 
 
 def request_cancel(session: Session, audit: Audit) -> None:
@@ -200,7 +242,7 @@ def request_cancel(session: Session, audit: Audit) -> None:
     if audit.cancel_requested_at is None:
         audit.cancel_requested_at = func.now()
         audit.version += 1
-    _withdraw_units(session, audit.id, states=(UnitState.READY,))
+    _withdraw_units(session, audit, states=(UnitState.READY,))
     session.flush()
     settle_cancel(session, audit)
 
@@ -208,8 +250,8 @@ def request_cancel(session: Session, audit: Audit) -> None:
 def stop_for_cancel(engine: Engine, held: Claim) -> None:
     """Drop a unit because its audit is being cancelled, and end the audit when it was the last."""
     with transaction(engine) as session:
-        audit = locked_audit(session, held.audit_id)
         try:
+            audit = locked_audit(session, held.audit_id)
             _leave(session, held, state=UnitState.CANCELLED)
         except LeaseLost:
             return
@@ -225,7 +267,7 @@ def settle_cancel(session: Session, audit: Audit) -> None:
         WorkUnit.lease_until >= func.now(),
     )
     if audit.finished_at is None and audit.cancel_requested_at and not session.scalar(held):
-        _withdraw_units(session, audit.id, states=(UnitState.READY, UnitState.RUNNING))
+        _withdraw_units(session, audit, states=(UnitState.READY, UnitState.RUNNING))
         finish(audit, AuditState.CANCELLED)
 
 
@@ -245,15 +287,54 @@ def enter_state(audit: Audit, state: AuditState) -> None:
     audit.version += 1
 
 
+def enter_ranking_state(ranking: Ranking, state: RankingState) -> None:
+    """Set a ranking's state and raise its version; a final state is its end."""
+    ranking.state = state
+    ranking.version += 1
+    if state.is_final:
+        ranking.finished_at = func.now()
+
+
+def is_cancelling(owner: Owner) -> bool:
+    """Return whether an audit's end was asked for; a ranking is deleted instead."""
+    return isinstance(owner, Audit) and owner.cancel_requested_at is not None
+
+
 def _lease_end(seconds: float) -> ColumnElement[datetime]:
     return func.now() + timedelta(seconds=seconds)
 
 
 def locked_audit(session: Session, audit_id: str) -> Audit:
-    """Return an audit's row, held until the transaction ends."""
-    statement = select(Audit).where(Audit.id == audit_id)
-    # FOR NO KEY UPDATE: heartbeats go on while a long COPY refers to the audit's row
-    return session.scalars(statement.with_for_update(key_share=True)).one()
+    """Return an audit's row, held until the transaction ends.
+
+    Raises:
+        LeaseLost: the audit was deleted.
+    """
+    audit = _locked(session, audit_id, None)
+    if not isinstance(audit, Audit):
+        raise LeaseLost(audit_id)
+    return audit
+
+
+def locked_owner(session: Session, held: Claim) -> Owner:
+    """Return the row of the audit or ranking that a unit belongs to, held likewise.
+
+    Raises:
+        LeaseLost: it was deleted.
+    """
+    owner = _locked(session, held.audit_id, held.ranking_id)
+    if owner is None:
+        raise LeaseLost(held.unit_id)
+    return owner
+
+
+def _locked(session: Session, audit_id: str, ranking_id: str | None) -> Owner | None:
+    # FOR NO KEY UPDATE: heartbeats go on while a long COPY refers to the owner's row
+    if ranking_id is None:
+        audit = select(Audit).where(Audit.id == audit_id)
+        return session.scalars(audit.with_for_update(key_share=True)).one_or_none()
+    ranking = select(Ranking).where(Ranking.id == ranking_id)
+    return session.scalars(ranking.with_for_update(key_share=True)).one_or_none()
 
 
 def _held_unit(session: Session, held: Claim) -> WorkUnit:
@@ -277,10 +358,14 @@ def _leave(session: Session, held: Claim, *, state: UnitState) -> WorkUnit:
     return unit
 
 
-def _withdraw_units(session: Session, audit_id: str, *, states: tuple[UnitState, ...]) -> None:
+def _withdraw_units(session: Session, owner: Owner, *, states: tuple[UnitState, ...]) -> None:
+    if isinstance(owner, Ranking):
+        is_theirs = WorkUnit.ranking_id == owner.id
+    else:
+        is_theirs = (WorkUnit.audit_id == owner.id) & WorkUnit.ranking_id.is_(None)
     session.execute(
         update(WorkUnit)
-        .where(WorkUnit.audit_id == audit_id, WorkUnit.state.in_(states))
+        .where(is_theirs, WorkUnit.state.in_(states))
         .values(state=UnitState.CANCELLED, lease_until=None, owner=None)
     )
 

@@ -43,7 +43,7 @@ def stages_of(request: Mapping[str, Any]) -> list[Stage]:
     rankings = [request["ranking"], *(verify["rankings"] if verify else ())]
     names = {*request["estimators"], *(ranking["estimator"] for ranking in rankings)}
     needs = {need for name in names for need in ESTIMATORS[name].needs}
-    skipped = set()
+    skipped = {Stage.RANK}
     if not request.get("fine_tune"):
         skipped.add(Stage.FINE_TUNE)
     if "checkpoints" not in needs:

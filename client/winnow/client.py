@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 from urllib.parse import quote
 
 import httpx2
@@ -14,7 +14,7 @@ import httpx2
 from winnow import download
 from winnow.connection import Connection, parse
 from winnow.errors import NotDoneInTime, seconds_of
-from winnow.requests import AuditRequest, Columns
+from winnow.requests import AuditRequest, Columns, RankingRequest
 from winnow.results import (
     Aggregation,
     Audit,
@@ -22,6 +22,8 @@ from winnow.results import (
     Estimator,
     FileFormat,
     LayerTable,
+    Ranking,
+    RankingPage,
     SampleDetail,
     Suspect,
     SuspectPage,
@@ -29,6 +31,8 @@ from winnow.results import (
 
 UPLOAD_TIMEOUT_SECONDS = 600.0  # the service checks every row before it answers
 POLL_SECONDS = 2.0
+
+Awaited = TypeVar("Awaited", Audit, Ranking)
 
 
 class Client(AbstractContextManager["Client"]):
@@ -145,22 +149,38 @@ class Client(AbstractContextManager["Client"]):
         Raises:
             NotDoneInTime: the timeout passed; the audit goes on.
         """
+        return self._wait(
+            Audit, audit_id, (), progress=progress, poll_seconds=poll_seconds, timeout=timeout
+        )
+
+    def _wait(
+        self,
+        kind: type[Awaited],
+        audit_id: str,
+        rest: tuple[str, ...],
+        *,
+        progress: Callable[[Awaited], None] | None,
+        poll_seconds: float | None,
+        timeout: float | None,
+    ) -> Awaited:
+        """Return an audit, or what stands at a path below it, when it is done."""
         give_up_at = None if timeout is None else time.monotonic() + timeout
         headers: dict[str, str] = {}
         while True:
-            response = self._connection.call("GET", _path(audit_id), headers=headers)
+            response = self._connection.call("GET", _path(audit_id, *rest), headers=headers)
             if response.status_code != httpx2.codes.NOT_MODIFIED:
-                audit = parse(Audit, response)
+                answer = parse(kind, response)
                 headers = {"If-None-Match": response.headers.get("etag", "")}
                 if progress is not None:
-                    progress(audit)
-                if audit.done:
-                    return audit
+                    progress(answer)
+                if answer.done:
+                    return answer
             asked = seconds_of(response.headers.get("retry-after"))
             pause = poll_seconds if poll_seconds is not None else asked or POLL_SECONDS
             if give_up_at is not None and time.monotonic() + pause > give_up_at:
+                name = rest[-1] if rest else audit_id
                 raise NotDoneInTime(
-                    "Not done in time", detail=f"{audit_id} is still running after {timeout:g} s."
+                    "Not done in time", detail=f"{name} is still running after {timeout:g} s."
                 )
             time.sleep(pause)
 
@@ -168,10 +188,74 @@ class Client(AbstractContextManager["Client"]):
         """Ask an audit to stop; it ends within seconds, as `wait` will show."""
         return parse(Audit, self._connection.call("POST", _path(audit_id, "cancel")))
 
+    def rank(
+        self,
+        audit_id: str,
+        request: RankingRequest | Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+    ) -> Ranking:
+        """Ask for another ranking of a finished audit; `wait_for_ranking` returns its results.
+
+        Args:
+            audit_id: the audit.
+            request: which influence ranks, typed or as the JSON body.
+            idempotency_key: the same key answers the same ranking for a day; set by itself for one
+                call.
+        """
+        body = request.body() if isinstance(request, RankingRequest) else dict(request)
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        path = _path(audit_id, "rankings")
+        return parse(Ranking, self._connection.call("POST", path, json=body, headers=headers))
+
+    def rankings(self, audit_id: str, *, page_size: int = 100) -> Iterator[Ranking]:
+        """Yield an audit's rankings: its own first, then the others as they were asked for."""
+        params: dict[str, Any] = {"limit": page_size}
+        while True:
+            path = _path(audit_id, "rankings")
+            page = parse(RankingPage, self._connection.call("GET", path, params=params))
+            yield from page.data
+            if page.next_cursor is None:
+                return
+            params["cursor"] = page.next_cursor
+
+    def ranking(self, audit_id: str, ranking_id: str) -> Ranking:
+        """Return a ranking and where it stands."""
+        path = _path(audit_id, *_ranking(ranking_id))
+        return parse(Ranking, self._connection.call("GET", path))
+
+    def wait_for_ranking(
+        self,
+        audit_id: str,
+        ranking_id: str,
+        *,
+        poll_seconds: float | None = None,
+        timeout: float | None = None,
+    ) -> Ranking:
+        """Return a ranking when it is done, whichever way it ended: look at its `state`.
+
+        Raises:
+            NotDoneInTime: the timeout passed; the ranking goes on.
+        """
+        return self._wait(
+            Ranking,
+            audit_id,
+            _ranking(ranking_id),
+            progress=None,
+            poll_seconds=poll_seconds,
+            timeout=timeout,
+        )
+
+    def delete_ranking(self, audit_id: str, ranking_id: str) -> None:
+        """Remove a ranking with its files; the audit's own goes with the audit only."""
+        path = _path(audit_id, *_ranking(ranking_id))
+        self._connection.retry(lambda: self._connection.send("DELETE", path), may_run_twice=False)
+
     def suspects(
         self,
         audit_id: str,
         *,
+        ranking_id: str | None = None,
         flagged: bool | None = None,
         label: str | None = None,
         min_score: float | None = None,
@@ -184,6 +268,7 @@ class Client(AbstractContextManager["Client"]):
 
         Args:
             audit_id: the audit.
+            ranking_id: one of its rankings; its own by default.
             flagged: only those that are flagged, or only the others.
             label: only those given this label.
             min_score: only scores from here on.
@@ -199,25 +284,37 @@ class Client(AbstractContextManager["Client"]):
         }
         params = {name: value for name, value in filters.items() if value is not None}
         while True:
-            response = self._connection.call("GET", _path(audit_id, "suspects"), params=params)
+            path = _path(audit_id, *_ranking(ranking_id), "suspects")
+            response = self._connection.call("GET", path, params=params)
             page = parse(SuspectPage, response)
             yield from page.data
             if page.next_cursor is None:
                 return
             params["cursor"] = page.next_cursor
 
-    def sample(self, audit_id: str, index: int) -> SampleDetail:
-        """Return one training sample, by its row in the training file, with the evidence."""
-        return parse(
-            SampleDetail, self._connection.call("GET", _path(audit_id, "samples", str(index)))
-        )
+    def sample(self, audit_id: str, index: int, *, ranking_id: str | None = None) -> SampleDetail:
+        """Return one training sample, by its row in the training file, with the evidence.
 
-    def layers(self, audit_id: str) -> LayerTable:
-        """Return every configuration that was computed, and how well each found known noise."""
-        return parse(LayerTable, self._connection.call("GET", _path(audit_id, "layers")))
+        Its score, rank and layers are those of the audit's own ranking, or of another one.
+        """
+        path = _path(audit_id, *_ranking(ranking_id), "samples", str(index))
+        return parse(SampleDetail, self._connection.call("GET", path))
+
+    def layers(self, audit_id: str, *, ranking_id: str | None = None) -> LayerTable:
+        """Return every configuration that was computed, and how well each found known noise.
+
+        Of another ranking than the audit's own: its estimator and aggregation on every layer group.
+        """
+        path = _path(audit_id, *_ranking(ranking_id), "layers")
+        return parse(LayerTable, self._connection.call("GET", path))
 
     def download(
-        self, audit_id: str, path: Path | str, *, file_format: FileFormat | None = None
+        self,
+        audit_id: str,
+        path: Path | str,
+        *,
+        file_format: FileFormat | None = None,
+        ranking_id: str | None = None,
     ) -> Path:
         """Save the whole ranking as one file, checked against its SHA-256.
 
@@ -225,6 +322,7 @@ class Client(AbstractContextManager["Client"]):
             audit_id: the audit.
             path: where to; it appears there only when it is complete.
             file_format: parquet, csv or jsonl; by default the path's ending says which.
+            ranking_id: one of the audit's rankings; its own by default.
 
         Raises:
             DownloadDamaged: other bytes came than the service meant to send.
@@ -239,7 +337,8 @@ class Client(AbstractContextManager["Client"]):
             )
 
         def save() -> None:
-            with self._connection.stream(_path(audit_id, f"suspects.{ending}")) as response:
+            source = _path(audit_id, *_ranking(ranking_id), f"suspects.{ending}")
+            with self._connection.stream(source) as response:
                 download.save(response, path)
 
         self._connection.retry(save)
@@ -255,4 +354,8 @@ class Client(AbstractContextManager["Client"]):
 
 
 def _path(audit_id: str, *rest: str) -> str:
-    return "/".join(["/v1/audits", quote(audit_id, safe=""), *rest])
+    return "/".join(["/v1/audits", *(quote(part, safe="") for part in (audit_id, *rest))])
+
+
+def _ranking(ranking_id: str | None) -> tuple[str, ...]:
+    return () if ranking_id is None else ("rankings", ranking_id)

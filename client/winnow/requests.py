@@ -109,6 +109,15 @@ class Flag(Request):
     count: int | None = None
 
 
+class RankingRequest(RankingSpecification):
+    """Another ranking of a finished audit, from the influence that it computed.
+
+    The audit's own `flag` holds when none is given here.
+    """
+
+    flag: Flag | None = None
+
+
 class Verify(Request):
     """Fine-tune again without the lowest-scored samples, and measure on the test set.
 

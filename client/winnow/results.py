@@ -31,7 +31,7 @@ class Dataset(Result):
 
 
 class AuditError(Result):
-    """Why an audit failed."""
+    """Why an audit or a ranking failed."""
 
     code: str
     message: str
@@ -155,6 +155,14 @@ class AuditResults(Result):
     score_order: str
 
 
+class Kept(Result):
+    """What of a finished audit is still there: influence files go at `until`, results stay."""
+
+    influence_bytes: int | None
+    results_bytes: int
+    until: datetime | None
+
+
 class Audit(Result):
     """An audit and where it stands.
 
@@ -181,8 +189,49 @@ class Audit(Result):
     provenance: dict[str, Any]
     timings: dict[str, float]
     results: AuditResults | None
+    kept: Kept | None = None
     error: AuditError | None
     links: dict[str, str]
+
+
+class RankingResults(Result):
+    """What a ranking found."""
+
+    num_flagged: int
+    detection: Detection | None
+    files: dict[FileFormat, ResultFile]
+    warnings: list[str]
+    score_order: str
+
+
+class Ranking(Result):
+    """One ranking of an audit and where it stands.
+
+    `state` is queued, running, succeeded or failed; `done` is true for the last two. `results` is
+    there when it succeeded, `error` when it failed. `is_own` is true for the one that the audit was
+    submitted with.
+    """
+
+    id: str
+    audit_id: str
+    is_own: bool
+    state: str
+    done: bool
+    progress: float
+    created_at: datetime
+    finished_at: datetime | None
+    seconds: float | None
+    request: dict[str, Any]
+    results: RankingResults | None
+    error: AuditError | None
+    links: dict[str, str]
+
+
+class RankingPage(Result):
+    """A page of an audit's rankings."""
+
+    data: list[Ranking]
+    next_cursor: str | None
 
 
 class Suspect(Result):

@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 from app import health
 from app.catalogue import AGGREGATIONS, ESTIMATORS
 from app.db import make_engine, transaction
-from app.jobs import make_celery
+from app.jobs import CPU_QUEUE_NAME, QUEUE_NAME, QUEUES, make_celery
 from app.main import create_app
 from app.settings import Settings
 from app.work.models import WorkerHeartbeat
@@ -28,9 +28,12 @@ def readiness(settings: Settings, engine: Engine, celery: Celery) -> tuple[int, 
     return response.status_code, body["checks"]
 
 
-def worker_seen(engine: Engine, **fields: Any) -> None:
+def worker_seen(
+    engine: Engine, name: str = "w", queues: tuple[str, ...] = QUEUES, **fields: Any
+) -> None:
+    row = {"name": name, "device": "cpu", "queues": [*queues], "engine_version": "1"}
     with transaction(engine) as session:
-        session.add(WorkerHeartbeat(name="w", device="cpu", engine_version="1", **fields))
+        session.add(WorkerHeartbeat(**row | fields))
 
 
 def test_alive(client: TestClient) -> None:
@@ -53,6 +56,22 @@ def test_a_worker_that_is_silent_counts_as_gone(
     assert status == 503
     assert not checks["worker"]["ok"]
     assert "winnow worker" in checks["worker"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("queue", "missing"), [(QUEUE_NAME, "rankings"), (CPU_QUEUE_NAME, "audits")]
+)
+def test_all_kinds_of_work_need_a_worker(
+    settings: Settings, engine: Engine, celery: Celery, queue: str, missing: str
+) -> None:
+    """A worker may leave rankings, or take nothing else; together they are enough."""
+    worker_seen(engine, queues=(queue,))
+    status, checks = readiness(settings, engine, celery)
+    assert status == 503
+    assert f"1 at work, but none that takes {missing}" in checks["worker"]["detail"]
+    (other,) = {*QUEUES} - {queue}
+    worker_seen(engine, "other", queues=(other,))
+    assert readiness(settings, engine, celery)[0] == 200
 
 
 def test_a_dead_or_frozen_broker_is_said_soon(

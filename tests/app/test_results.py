@@ -288,7 +288,8 @@ class TestDownloads:
     def test_a_file_that_is_gone_is_not_found(
         self, client: TestClient, finished: Audit, settings: Settings
     ) -> None:
-        (settings.data_dir / "audits" / finished.id / "results" / "suspects.csv").unlink()
+        folder = settings.data_dir / "audits" / finished.id / "results"
+        (folder / finished.summary["ranking_id"] / "suspects.csv").unlink()
         response = client.get(self.url(finished))
         assert response.status_code == 404
         assert "page by page" in response.json()["detail"]

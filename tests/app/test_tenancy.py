@@ -10,13 +10,20 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine, update
 from sqlalchemy.orm import Session
 
-from app.audits.models import Audit
+from app.audits.models import Audit, Ranking
 from app.datasets.models import Dataset
 from app.db import transaction
 from app.keys.models import ApiKey
 from app.keys.service import create_key, revoke_key
 from app.settings import Settings
-from tests.factories import CSV_TABLE, long_ago, make_audit, make_finished_audit, request_body
+from tests.factories import (
+    CSV_TABLE,
+    long_ago,
+    make_audit,
+    make_finished_audit,
+    make_ranking,
+    request_body,
+)
 
 PUBLIC = {"/healthz", "/readyz"}
 NOT_ABOUT_A_THING = {"/v1/estimators", "/v1/aggregations"}
@@ -34,19 +41,30 @@ def routes(api: FastAPI) -> Iterator[tuple[str, str]]:
 def owned(client: TestClient, engine: Engine, settings: Settings) -> list[dict[str, str]]:
     """Ids of one tenant's things: audits that run and that are done, a dataset."""
     dataset = client.post("/v1/datasets", files={"file": ("a.csv", CSV_TABLE)}).json()["id"]
-    audits = [make_finished_audit(engine, settings).id, make_audit(engine).id]
-    return [{"audit_id": audit, "dataset_id": dataset} for audit in audits]
+    finished = make_finished_audit(engine, settings)
+    later = make_ranking(engine, finished, settings=settings)
+    things = [
+        (finished.id, finished.summary["ranking_id"]),
+        (finished.id, later.id),
+        (make_audit(engine).id, "rnk_none"),
+    ]
+    return [
+        {"audit_id": audit, "ranking_id": ranking, "dataset_id": dataset}
+        for audit, ranking in things
+    ]
 
 
-def everything(engine: Engine) -> tuple[set[tuple[str, str]], set[str]]:
+def everything(engine: Engine) -> list[set[tuple[str, str]]]:
     with Session(engine) as session:
-        audits = {(audit.id, audit.state) for audit in session.query(Audit)}
-        return audits, {dataset.id for dataset in session.query(Dataset)}
+        rows = [(row.id, row.state) for row in (*session.query(Audit), *session.query(Ranking))]
+        return [set(rows), {(dataset.id, "") for dataset in session.query(Dataset)}]
 
 
 def call(client: TestClient, method: str, path: str, ids: dict[str, str]) -> tuple[int, str]:
     url = path.format(**ids, index=0, file_format="csv")
     body = {"json": request_body()} if path == "/v1/audits" and method == "POST" else {}
+    if path.endswith("/rankings") and method == "POST":
+        body = {"json": {"estimator": "grad_cosine"}}
     response = client.request(method, url, **body)  # type: ignore[arg-type]
     return response.status_code, response.text
 
@@ -65,7 +83,7 @@ def test_a_stranger_walks_every_route_and_sees_nothing(
         for method, path in routes(api)
         if (method, path) != ("POST", "/v1/audits")
     ]
-    assert len(walked) >= 2 * 14
+    assert len(walked) >= 3 * 22
     for method, path, status, text in walked:
         named = f"{method} {path}: {status} {text}"
         if "{" in path:
@@ -110,6 +128,20 @@ def test_the_walks_cover_every_route(api: FastAPI) -> None:
         if isinstance(route, APIRoute) and route.path_format not in listed
     ]
     assert unlisted == []
+
+
+def test_a_ranking_is_found_under_its_own_audit_only(
+    client: TestClient, engine: Engine, settings: Settings
+) -> None:
+    audits = [make_finished_audit(engine, settings) for _ in range(2)]
+    ranking = make_ranking(engine, audits[0], settings=settings)
+    for rest in ("", "/suspects", "/suspects.csv", "/samples/0", "/layers"):
+        answers = [
+            client.get(f"/v1/audits/{audit.id}/rankings/{ranking.id}{rest}").status_code
+            for audit in audits
+        ]
+        assert answers == [200, 404], rest
+    assert client.delete(f"/v1/audits/{audits[1].id}/rankings/{ranking.id}").status_code == 404
 
 
 def test_a_stranger_cannot_audit_an_upload(

@@ -10,8 +10,8 @@ from celery import Celery
 from sqlalchemy import Engine
 from winnow import AuditRequest, Client, Columns, DatasetSource, DownloadDamaged, WinnowError
 
+from app.audits.folders import audit_folder
 from app.audits.models import AuditState
-from app.audits.service import audit_folder
 from app.catalogue import AGGREGATIONS, ESTIMATORS
 from app.keys.service import create_key
 from app.main import create_app
@@ -216,7 +216,8 @@ def test_a_file_that_changed_on_the_server_is_refused(
 ) -> None:
     """The service promises the SHA-256 of the file that it wrote; rotten bytes do not pass."""
     audit = make_finished_audit(engine, settings)
-    stored = audit_folder(settings, audit.id) / "results" / "suspects.csv"
+    folder = audit_folder(settings.data_dir, audit.id) / "results"
+    stored = folder / audit.summary["ranking_id"] / "suspects.csv"
     stored.write_bytes(stored.read_bytes().replace(b"sample 9", b"sample 8"))
     to = tmp_path / "to"
     to.mkdir()

@@ -20,6 +20,9 @@ ANSWERS = [
         "Audit": app.audits.answers,
         "AuditError": app.audits.answers,
         "AuditResults": app.audits.answers,
+        "Kept": app.audits.answers,
+        "Ranking": app.audits.answers,
+        "RankingResults": app.audits.answers,
         "Cancellation": app.audits.answers,
         "Verification": app.audits.answers,
         "VerificationArm": app.audits.answers,
@@ -51,6 +54,7 @@ REQUESTS = [
         "FineTune",
         "PlantNoise",
         "RankingSpecification",
+        "RankingRequest",
         "Flag",
         "Verify",
     )

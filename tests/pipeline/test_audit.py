@@ -32,7 +32,7 @@ def check_consistent(workplace: Workplace, audit: Audit) -> None:
     for group in range(len(audit.summary["group_order"])):
         assert sorted(row.group_ranks[group] for row in ranked) == list(range(len(ranked)))
 
-    folder = workplace.artifacts(audit.id).results
+    folder = workplace.artifacts(audit.id).results(audit.summary["ranking_id"])
     table = pq.read_table(folder / "suspects.parquet").to_pylist()
     for row, filed in zip(ranked, table, strict=True):
         sample = training[row.sample_index]

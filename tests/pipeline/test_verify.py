@@ -248,7 +248,7 @@ class TestWhatIsMeasured:
         assert other["against_full"] is None
         assert audit.summary["verification"]["num_test"] == 25
         assert audit.summary["verification"]["warnings"] == []
-        answer = assemble_audit(audit)
+        answer = assemble_audit(audit, influence_days=0)
         assert answer.results is not None
         assert answer.results.verification is not None
         assert list(answer.state_times)[-2:] == ["verifying", "succeeded"]

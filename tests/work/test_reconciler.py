@@ -154,10 +154,14 @@ def test_old_rows_are_forgotten(engine: Engine, celery: Celery, settings: Settin
     with transaction(engine) as session:
         for name, when in (("old", {"created_at": long_ago()}), ("new", {})):
             session.add(
-                IdempotencyKey(tenant="t", route="r", key=name, body_sha256="", audit_id="", **when)
+                IdempotencyKey(
+                    tenant="t", route="r", key=name, body_sha256="", answer_id="", **when
+                )
             )
         for name, when in (("old", {"seen_at": long_ago()}), ("new", {})):
-            session.add(WorkerHeartbeat(name=name, device="cpu", engine_version="1", **when))
+            session.add(
+                WorkerHeartbeat(name=name, device="cpu", queues=[], engine_version="1", **when)
+            )
     reconcile(engine, celery, settings)
     with Session(engine) as session:
         assert list(session.scalars(select(IdempotencyKey.key))) == ["new"]

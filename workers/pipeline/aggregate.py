@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from sqlalchemy import func
 from sqlalchemy.orm import Session
 from torch import Tensor
 
-from app.audits.models import Ranking
-from app.db import new_id
+from app.audits.folders import influence_bytes
+from app.audits.models import Ranking, RankingState
 from workers.influence.aggregation import lower_half
 from workers.influence.layer_groups import UnknownLayers
 from workers.pipeline.arms import plan_verification
@@ -21,7 +22,7 @@ from workers.pipeline.failures import AuditRefused
 from workers.pipeline.layout import ModelLayout
 from workers.pipeline.non_finite import check_share, name_rows, no_samples, warn_of
 from workers.pipeline.prepare import Prepared
-from workers.pipeline.publish import RankedSet, copy_rows, write_files
+from workers.pipeline.publish import RANKING_SUMMARY, RankedSet, copy_rows, write_files
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.scores import Scorer, ValidationChoice, detection
 from workers.pipeline.tokenise import truncation_warnings
@@ -79,21 +80,18 @@ def aggregate(context: StageContext) -> StageOutput:
         )
         provenance["num_trainings"] = len(plan.trainings)
     context.hold.keep_alive()
-    files = write_files(ranked, artifacts.results)
+    # of the unit, so that a second try writes the same files to the same place
+    ranking_id = f"rnk_{context.claim.unit_id.partition('_')[2]}"
+    files = write_files(ranked, artifacts.results(ranking_id))
     context.hold.keep_alive()  # who lost the lease leaves the files to the heir
     artifacts.remove_scratch()
-    ranking_id = new_id("rnk")
-    audit_id, tenant = context.claim.audit_id, context.tenant
-    specification = ranking.model_dump(mode="json")
 
     def write(session: Session) -> None:
-        session.add(
-            Ranking(id=ranking_id, audit_id=audit_id, tenant=tenant, specification=specification)
-        )
+        session.add(own_ranking(context, ranking_id, output.columns["summary"]))
         session.flush()
         copy_rows(
             session,
-            audit_id=audit_id,
+            audit_id=context.claim.audit_id,
             ranking_id=ranking_id,
             ranked=ranked,
             validation=validation,
@@ -103,8 +101,9 @@ def aggregate(context: StageContext) -> StageOutput:
     noisy_T = train.is_noisy_T
     preflight = context.provenance.get("preflight")
     is_finite_V = validation_facts.get("is_finite", no_samples()).bool()
-    return StageOutput(
+    output = StageOutput(
         columns={
+            "influence_bytes": influence_bytes(artifacts.root),
             "summary": {
                 "ranking_id": ranking_id,
                 "num_flagged": num_flagged,
@@ -139,10 +138,28 @@ def aggregate(context: StageContext) -> StageOutput:
                 "group_order": list(scored.group_scores),
                 **name_groups(layout, scored.configurations),
                 "configurations": scored.configurations,
-            }
+            },
         },
         provenance=provenance,
         write=write,
+    )
+    return output
+
+
+def own_ranking(context: StageContext, ranking_id: str, summary: Mapping[str, Any]) -> Ranking:
+    """Return the row of the audit's own ranking, of which the audit's summary tells."""
+    return Ranking(
+        id=ranking_id,
+        audit_id=context.claim.audit_id,
+        tenant=context.tenant,
+        is_own=True,
+        specification=context.request.ranking.model_dump(mode="json"),
+        flag=context.request.flag.model_dump(mode="json"),
+        state=RankingState.SUCCEEDED,
+        progress=1.0,
+        finished_at=func.now(),
+        summary={name: summary[name] for name in RANKING_SUMMARY if name in summary},
+        folder=Ranking.folder_of(ranking_id),
     )
 
 

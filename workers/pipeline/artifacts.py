@@ -16,6 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from app.audits.folders import audit_folder
+from app.audits.models import Ranking
+
 _NUMPY_DTYPES = {
     name: np.dtype(dtype)
     for name, dtype in (
@@ -35,7 +38,7 @@ class Artifacts:
     """Paths under `<data_dir>/audits/<audit id>/`; every worker of the audit sees the same."""
 
     def __init__(self, data_dir: Path, audit_id: str) -> None:
-        self.root = data_dir / "audits" / audit_id
+        self.root = audit_folder(data_dir, audit_id)
         self.train = self.root / "prepared" / "train.arrow"
         self.validation = self.root / "prepared" / "validation.arrow"
         self.test = self.root / "prepared" / "test.arrow"
@@ -49,8 +52,11 @@ class Artifacts:
         self.modules = self.root / "validation" / "modules.json"
         self.plan = self.root / "verify" / "plan.json"
         self.kept_sets = self.root / "verify" / "kept.safetensors"
-        self.results = self.root / "results"
         self._scratch = self.root / "scratch"
+
+    def results(self, ranking_id: str) -> Path:
+        """The files of one ranking."""
+        return self.root / Ranking.folder_of(ranking_id)
 
     def epoch_adapter(self, epoch: int) -> Path:
         """The adapter as it was after an epoch, from 0, kept where several are compared."""

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from app.audits.models import Audit
+from app.audits.models import Audit, Ranking
 from app.audits.schemas import AuditRequest
 from app.datasets.columns import DatasetLimits
 from app.settings import Settings
@@ -20,7 +20,12 @@ from workers.sources.hub import Hub
 
 @dataclass(frozen=True)
 class StageContext:
-    """One unit of one audit, on this worker."""
+    """One unit of one audit, or of one of its rankings, on this worker.
+
+    Attributes:
+        request: the audit's; of a later ranking with that ranking and its flag in place of the
+            audit's own.
+    """
 
     engine: Engine
     settings: Settings
@@ -65,10 +70,10 @@ class StageOutput:
     Attributes:
         result: kept with the unit.
         provenance: merged into the audit's.
-        columns: of the audit's row, by name.
+        columns: of the row of the audit, or of the ranking, by name.
         summary: merged into the audit's.
-        write: further writes of the stage, such as a COPY of results; done before the audit's
-            row is locked.
+        write: further writes of the stage, such as a COPY of results; done before that row is
+            locked.
     """
 
     result: dict[str, Any] = field(default_factory=dict)
@@ -79,12 +84,15 @@ class StageOutput:
     seconds: float = 0.0
     stage: str = ""
 
-    def save(self, audit: Audit) -> None:
-        """Set what the stage found; the caller holds the audit's lock and commits."""
-        audit.provenance = {**audit.provenance, **self.provenance}
-        total = audit.timings.get(self.stage, 0.0) + self.seconds
-        audit.timings = {**audit.timings, self.stage: round(total, 3)}
+    def save(self, owner: Audit | Ranking) -> None:
+        """Set what the stage found; the caller holds the owner's lock and commits."""
+        if isinstance(owner, Audit):
+            owner.provenance = {**owner.provenance, **self.provenance}
+            total = owner.timings.get(self.stage, 0.0) + self.seconds
+            owner.timings = {**owner.timings, self.stage: round(total, 3)}
+        else:
+            owner.seconds = self.seconds
         for name, value in self.columns.items():
-            setattr(audit, name, value)
+            setattr(owner, name, value)
         if self.summary:
-            audit.summary = {**audit.summary, **self.summary}
+            owner.summary = {**owner.summary, **self.summary}

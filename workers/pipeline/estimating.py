@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from app.audits.fitting import computed_estimators
+from app.catalogue import EstimatorName
 from workers.influence.estimators import Estimator, make_estimator
 from workers.pipeline.context import StageContext
 
@@ -19,17 +21,16 @@ class Wishes:
 
 def estimators_of(context: StageContext) -> list[Estimator]:
     """Return the estimators that an audit computes: the asked ones and the baselines."""
-    request = context.request
-    verified = request.verify.rankings if request.verify else []
-    rankings = [request.ranking, *verified]
-    asked = [*request.estimators, *(ranking.estimator for ranking in rankings), "loss", "random"]
-    if request.plant_noise or (request.train.columns and request.train.columns.noise):
-        asked.append("oracle")
-    parameters = {str(name): values for name, values in request.estimator_parameters.items()}
-    return [
-        make_estimator(name, parameters.get(name, {}))
-        for name in dict.fromkeys(str(name) for name in asked)
-    ]
+    return [_make(context, name) for name in computed_estimators(context.request)]
+
+
+def ranking_estimator_of(context: StageContext) -> Estimator:
+    """Return the estimator that ranks."""
+    return _make(context, context.request.ranking.estimator)
+
+
+def _make(context: StageContext, name: EstimatorName) -> Estimator:
+    return make_estimator(str(name), context.request.estimator_parameters.get(name, {}))
 
 
 def wishes_of(context: StageContext) -> Wishes:

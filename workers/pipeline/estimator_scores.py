@@ -33,6 +33,7 @@ class EstimatorScores:
         is_correct_K: which columns of every row `correct_only` keeps.
         aggregations: names.
         options: what the user set.
+        choices: with which `correct_only` the scores will be asked for.
         scratch: a folder for ranks; nothing stays in it.
         tick: is told the share of the passes that is done.
 
@@ -49,10 +50,11 @@ class EstimatorScores:
         is_correct_K: Tensor,
         aggregations: Sequence[str],
         options: AggregationOptions,
+        choices: Sequence[bool],
         scratch: Path,
         tick: Callable[[float], None],
     ) -> None:
-        self._source, self._tick = source, tick
+        self._source, self._choices, self._tick = source, choices, tick
         self._shared: dict[str, Any] = {
             "groups": groups,
             "num_train": source.num_train,
@@ -95,7 +97,7 @@ class EstimatorScores:
         self._aggregators |= dict.fromkeys(names, aggregator)
 
     def _collect(self, names: Sequence[str], blocks: Iterable[tuple[Tensor, Tensor]]) -> None:
-        aggregator = SampleAggregator(**self._shared, aggregations=names)
+        aggregator = SampleAggregator(**self._shared, aggregations=names, choices=self._choices)
         num_done = 0
         for index_B, value_KB in blocks:
             self._report(num_done / self._source.num_train)

@@ -56,6 +56,13 @@ RANKED_COLUMNS = (
     "harmed_validation, harmed_influence, helped_validation, helped_influence"
 )
 
+# What an audit's summary says of its own ranking, as a later ranking's says of itself; the rest is
+# about the audit.
+RANKING_SUMMARY = (
+    *("num_flagged", "files", "detection", "warnings", "group_order", "layer_groups"),
+    *("layer_group_order", "configurations", "module_cancellation"),
+)
+
 
 @dataclass(frozen=True)
 class RankedSet:
@@ -151,7 +158,7 @@ def copy_rows(
     validation: SampleSet | None,
     validation_facts: Mapping[str, Tensor],
 ) -> None:
-    """Load all rows of a ranking inside the caller's transaction.
+    """Load all rows of an audit and of its own ranking inside the caller's transaction.
 
     Args:
         session: the transaction.
@@ -161,9 +168,7 @@ def copy_rows(
         validation: None for an audit without a validation set; then the facts do not count.
         validation_facts: what the model said of the validation samples.
     """
-    driver = session.connection().connection.driver_connection
-    assert isinstance(driver, psycopg.Connection)  # noqa: S101  the one dialect of this service
-    with driver.cursor() as cursor:
+    with _driver(session).cursor() as cursor:
         _copy(cursor, "training_samples", TRAINING_COLUMNS, _training_rows(audit_id, ranked))
         if validation is not None:
             _copy(
@@ -172,7 +177,19 @@ def copy_rows(
                 VALIDATION_COLUMNS,
                 _validation_rows(audit_id, ranked.labels, validation, validation_facts),
             )
+    copy_ranking(session, ranking_id=ranking_id, ranked=ranked)
+
+
+def copy_ranking(session: Session, *, ranking_id: str, ranked: RankedSet) -> None:
+    """Load the places of one ranking inside the caller's transaction."""
+    with _driver(session).cursor() as cursor:
         _copy(cursor, "ranked_samples", RANKED_COLUMNS, _ranked_rows(ranking_id, ranked))
+
+
+def _driver(session: Session) -> psycopg.Connection[Any]:
+    driver = session.connection().connection.driver_connection
+    assert isinstance(driver, psycopg.Connection)  # noqa: S101  the one dialect of this service
+    return driver
 
 
 def _copy(

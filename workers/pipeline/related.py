@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workers.influence.aggregation import lowest_places
 from workers.pipeline.column_source import InfluenceReader
 from workers.pipeline.training_facts import TrainingFacts
 
@@ -64,7 +65,7 @@ def find_related(
         for side, is_helped in enumerate((False, True)):
             value, index = best[side]
             candidate, candidate_index = torch.cat([value, mean_VF]), torch.cat([index, index_VF])
-            order = candidate.argsort(dim=0, descending=is_helped, stable=True)[:NUM_RELATED]
+            order = lowest_places(-candidate if is_helped else candidate, NUM_RELATED)
             best[side] = (candidate.gather(0, order), candidate_index.gather(0, order))
     (harm_KF, harmed_KF), (help_KF, helped_KF) = best
 

@@ -9,12 +9,12 @@ from pydantic import ValidationError
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from app.audits.models import Audit
-from app.audits.schemas import AuditRequest
+from app.audits.models import Audit, Ranking
+from app.audits.schemas import AuditRequest, Flag, RankingSpecification
 from app.settings import Settings
 from app.work.models import Stage
 from app.work.repository import Claim
-from workers.lease import Hold
+from workers.lease import Hold, HoldLost
 from workers.pipeline.aggregate import aggregate
 from workers.pipeline.checkpoints import compute_checkpoint
 from workers.pipeline.conclude import conclude
@@ -25,6 +25,7 @@ from workers.pipeline.fine_tune import fine_tune
 from workers.pipeline.gradients import compute_gradients
 from workers.pipeline.influence import compute_influence
 from workers.pipeline.prepare import prepare
+from workers.pipeline.rank import rank
 from workers.pipeline.validation import compute_validation
 from workers.pipeline.verify import verify
 
@@ -39,6 +40,7 @@ STAGES: dict[Stage, Callable[[StageContext], StageOutput]] = {
     Stage.AGGREGATE: aggregate,
     Stage.VERIFY: verify,
     Stage.CONCLUDE: conclude,
+    Stage.RANK: rank,
 }
 
 
@@ -56,6 +58,17 @@ def _request_of(audit: Audit) -> AuditRequest:
         ) from error
 
 
+def _with_ranking(request: AuditRequest, ranking: Ranking | None) -> AuditRequest:
+    """Return an audit's request with a later ranking in place of its own."""
+    if ranking is None:  # it was deleted; the worker's next look at its hold tells it so
+        raise HoldLost
+    later = {
+        "ranking": RankingSpecification.model_validate(ranking.specification),
+        "flag": Flag.model_validate(ranking.flag),
+    }
+    return request.model_copy(update=later)
+
+
 def run_stage(engine: Engine, settings: Settings, claim: Claim, hold: Hold) -> StageOutput:
     """Run one unit and return what is to be saved.
 
@@ -64,13 +77,18 @@ def run_stage(engine: Engine, settings: Settings, claim: Claim, hold: Hold) -> S
         Exception: what the stage raises; `failures.failure_of` says what it means.
     """
     with Session(engine) as session:
-        audit = session.get_one(Audit, claim.audit_id)
+        audit = session.get(Audit, claim.audit_id)
+        if audit is None:
+            raise HoldLost
+        request = _request_of(audit)
+        if claim.ranking_id is not None:
+            request = _with_ranking(request, session.get(Ranking, claim.ranking_id))
         context = StageContext(
             engine=engine,
             settings=settings,
             claim=claim,
             hold=hold,
-            request=_request_of(audit),
+            request=request,
             provenance=audit.provenance,
             tenant=audit.tenant,
         )

@@ -124,6 +124,7 @@ class Scorer:
         *,
         aggregations: Sequence[str],
         ranking: RankingSpecification,
+        is_alone: bool = False,
     ) -> Scored:
         """Compute the scores of every configuration, and keep those of the ranking.
 
@@ -131,6 +132,7 @@ class Scorer:
             estimators: with their parameters.
             aggregations: names; the ranking's own is always among them.
             ranking: what ranks.
+            is_alone: compute with the ranking's `correct_only` alone, not with both.
 
         Raises:
             NonFiniteInfluence: an influence on a sample that is finite itself is NaN or infinite;
@@ -153,9 +155,13 @@ class Scorer:
                 self._tick(int(_STEPS * (number + share)), _STEPS * len(estimators))
 
             groups = self._groups(estimator, ranking.layers, is_ranking=is_ranking)
-            scores = self._score(estimator, groups, names, ranking=ranking, tick=tick)
             has_pairs = estimator.kind == "pairwise"
-            choices = (False, True) if has_pairs else (False,)
+            choices: tuple[bool, ...] = (False,)
+            if has_pairs:
+                choices = (ranking.correct_only,) if is_alone else (False, True)
+            scores = self._score(
+                estimator, groups, names, ranking=ranking, choices=choices, tick=tick
+            )
             for group, name, correct_only in itertools.product(groups, names, choices):
                 tick(1.0)
                 score_T = self._facts.spread(scores.get(group, name, correct_only=correct_only))
@@ -198,12 +204,15 @@ class Scorer:
                 groups,
                 list(dict.fromkeys(str(ranking.aggregation) for ranking in members)),
                 ranking=members[0],
+                choices=sorted({_is_correct_only(estimator, ranking) for ranking in members}),
                 tick=lambda _: self._tick(1, 1),
             )
         return [
             self._facts.spread(
                 scores[_options(ranking)].get(
-                    ranking.layers, str(ranking.aggregation), correct_only=ranking.correct_only
+                    ranking.layers,
+                    str(ranking.aggregation),
+                    correct_only=_is_correct_only(estimator, ranking),
                 )
             )
             for ranking in rankings
@@ -272,6 +281,7 @@ class Scorer:
         names: Sequence[str],
         *,
         ranking: RankingSpecification,
+        choices: Sequence[bool],
         tick: Callable[[float], None],
     ) -> EstimatorScores:
         source: ColumnSource
@@ -287,6 +297,7 @@ class Scorer:
                 is_correct_K=self._is_correct(estimator),
                 aggregations=names,
                 options=_options(ranking),
+                choices=choices,
                 scratch=self._artifacts.ranks,
                 tick=tick,
             )
@@ -316,3 +327,8 @@ class Scorer:
             "correct_only": correct_only,
             "detection": detection(score_T, self._is_noisy_T),
         }
+
+
+def _is_correct_only(estimator: Estimator, ranking: RankingSpecification) -> bool:
+    """Return whether `correct_only` says something to the estimator, and is asked for."""
+    return estimator.kind == "pairwise" and bool(ranking.correct_only)

@@ -16,6 +16,7 @@ from workers.influence.aggregation.by_sample import SampleAggregator
 from workers.influence.aggregation.choice import lower_half
 from workers.influence.aggregation.ordering import (
     lowest_of_columns,
+    lowest_places,
     order_by_score,
     rank_columns,
     sort_columns,
@@ -39,6 +40,7 @@ __all__ = [
     "SampleAggregator",
     "lower_half",
     "lowest_of_columns",
+    "lowest_places",
     "order_by_score",
     "rank_columns",
     "sort_columns",

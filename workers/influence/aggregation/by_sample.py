@@ -30,6 +30,7 @@ class SampleAggregator:
         is_correct_V: bool over ALL validation samples, whether `correct_only` keeps them.
         aggregations: names from `SAMPLE_AGGREGATIONS`; all of them of influence, or all of ranks.
         options: what the user set.
+        choices: with which `correct_only` the scores will be asked for.
 
     Raises:
         ValueError: an unknown aggregation, or some of influence and some of ranks.
@@ -43,6 +44,7 @@ class SampleAggregator:
         is_correct_V: Tensor,
         aggregations: Sequence[str],
         options: AggregationOptions = _DEFAULT,
+        choices: Sequence[bool] = (False, True),
     ) -> None:
         if unknown := sorted(set(aggregations) - set(SAMPLE_AGGREGATIONS)):
             raise ValueError(f"unknown aggregations: {', '.join(unknown)}.")
@@ -51,11 +53,10 @@ class SampleAggregator:
             raise ValueError("aggregations of influence and of ranks are not of the same values.")
         self._options = options
         self._choice = ColumnChoice(groups, is_correct_V)
-        both = (False, True)
+        differ = {self._choice.uses_correct(correct_only=choice) for choice in choices}
         self._columns = {
             (group, correct_only): self._choice.columns(group, correct_only=correct_only)
-            for group, correct_only in itertools.product(groups, both)
-            if not correct_only or self._choice.uses_correct(correct_only=True)
+            for group, correct_only in itertools.product(groups, sorted(differ))
         }
         self._scores = {
             (*choice, aggregation.name): torch.zeros(num_train)
@@ -90,7 +91,7 @@ class SampleAggregator:
         """Return score_T, float32: the lowest are suspects; see `GroupAggregator.scores`.
 
         Raises:
-            KeyError: an unknown group or aggregation.
+            KeyError: an unknown group or aggregation, or a choice that was not named.
             ValueError: training samples are still missing.
         """
         if bool(self._is_missing_T.any()):

