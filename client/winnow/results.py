@@ -184,6 +184,7 @@ class Audit(Result):
     cancel_requested_at: datetime | None
     request: dict[str, Any]
     metadata: dict[str, str]
+    experiment_id: str | None = None
     num_train: int | None
     num_validation: int | None
     provenance: dict[str, Any]

@@ -11,6 +11,7 @@ from torch import Tensor
 from app.audits.folders import influence_bytes
 from app.audits.models import Ranking, RankingState
 from workers.influence.aggregation import lower_half
+from workers.influence.estimators import Estimator
 from workers.influence.layer_groups import UnknownLayers
 from workers.pipeline.arms import plan_verification
 from workers.pipeline.artifacts import read_tensors
@@ -51,9 +52,15 @@ def aggregate(context: StageContext) -> StageOutput:
         tick=context.hold.step,
     )
     estimators = estimators_of(context)
+    check_layer_groups(layout, estimators, request.layer_groups or ())
     (ranking_estimator,) = (item for item in estimators if item.name == ranking.estimator)
     try:
-        scored = scorer.score_all(estimators, aggregations=request.aggregations, ranking=ranking)
+        scored = scorer.score_all(
+            estimators,
+            aggregations=request.aggregations,
+            ranking=ranking,
+            layer_groups=request.layer_groups,
+        )
         related = scorer.find_related(ranking_estimator, layers=ranking.layers)
     except UnknownLayers as error:
         raise AuditRefused("unknown_layers", str(error), field="ranking.layers") from error
@@ -77,6 +84,7 @@ def aggregate(context: StageContext) -> StageOutput:
             scorer=scorer,
             estimators=estimators,
             score_T=scored.group_scores[ranking.layers],
+            table=scored.configurations,
         )
         provenance["num_trainings"] = len(plan.trainings)
     context.hold.keep_alive()
@@ -132,7 +140,9 @@ def aggregate(context: StageContext) -> StageOutput:
                 ],
                 "files": files,
                 "detection": detection(scored.group_scores[ranking.layers], noisy_T),
-                **describe_cancellation(facts, layout, layers=ranking.layers),
+                **describe_cancellation(
+                    facts, layout, expressions=(*(request.layer_groups or ()), ranking.layers)
+                ),
                 "projection": context.provenance.get("projection"),
                 "preflight": preflight,
                 "group_order": list(scored.group_scores),
@@ -184,6 +194,32 @@ def _warn_of_checkpoints(context: StageContext, facts: TrainingFacts) -> list[st
         return []
     rows = name_rows(is_finite_T)
     return [f"At an earlier checkpoint the gradients of rows {rows} are not finite: not in tracin."]
+
+
+def check_layer_groups(
+    layout: ModelLayout, estimators: Sequence[Estimator], layer_groups: Sequence[str]
+) -> None:
+    """Check that every layer group that is asked for is there.
+
+    Raises:
+        AuditRefused: no estimator has the layers; says what there is.
+    """
+    for layers in layer_groups:
+        unknown = None
+        for estimator in estimators:
+            if estimator.axis == "none":
+                continue
+            try:
+                layout.groups_of(estimator, layers)
+            except UnknownLayers as error:
+                unknown = unknown or error
+            else:
+                break
+        else:
+            if unknown is not None:
+                raise AuditRefused(
+                    "unknown_layers", str(unknown), field="layer_groups"
+                ) from unknown
 
 
 def choose_validation(samples: SampleSet | None, facts: Mapping[str, Tensor]) -> ValidationChoice:
