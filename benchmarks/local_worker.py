@@ -62,7 +62,15 @@ class LocalWorker:
             session.add(audit)
             session.flush()
             work.add_units(session, audit.id, Stage.PREPARE)
-        while unit_ids := self._ready(audit.id):
+        return self.finish(audit.id, after_unit)
+
+    def finish(self, audit_id: str, after_unit: Callable[[Stage], None] = lambda _: None) -> Audit:
+        """Do an audit that was submitted, to its end.
+
+        Raises:
+            RuntimeError: the audit failed; with its message.
+        """
+        while unit_ids := self._ready(audit_id):
             for unit_id in unit_ids:
                 claim = work.claim(
                     self.engine, unit_id, owner="benchmark", lease_seconds=LEASE_SECONDS
@@ -71,7 +79,7 @@ class LocalWorker:
                     execute(self.engine, self.settings, claim)
                     after_unit(claim.stage)
         with transaction(self.engine) as session:
-            ended = session.get_one(Audit, audit.id)
+            ended = session.get_one(Audit, audit_id)
         if ended.state != "succeeded":
             raise RuntimeError(f"{ended.error_code}: {ended.error_message}")
         return ended

@@ -101,9 +101,9 @@ def assemble_results(found: ExperimentWithAudits) -> answers.ExperimentResults:
         experiment_id=found.experiment.id,
         is_partial=bool(missing),
         missing=missing,
-        win_rates=list(_win_rates(rows)),
-        correlations=list(_correlations(rows)),
-        best=list(_best(rows)),
+        win_rates=list(compare_levels(rows)),
+        correlations=list(correlate(rows)),
+        best=list(choose_best(rows)),
         rows=[assemble_row(row) for row in rows],
     )
 
@@ -127,7 +127,7 @@ def write_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _win_rates(rows: Sequence[Row]) -> Iterator[answers.WinRates]:
+def compare_levels(rows: Sequence[Row]) -> Iterator[answers.WinRates]:
     """Yield the tables over all models, then those of each model where there are several."""
     configurations = [row for row in rows if not row.is_baseline]
     models = list(dict.fromkeys(row.cell.model for row in configurations))
@@ -173,7 +173,8 @@ def _level(row: Row, *, factor: str, layer_level: Callable[[Row], str]) -> str:
     return "/".join([*parts, "correct_only"] if row.correct_only else parts)
 
 
-def _correlations(rows: Sequence[Row]) -> Iterator[answers.Correlation]:
+def correlate(rows: Sequence[Row]) -> Iterator[answers.Correlation]:
+    """Yield the rank correlations of every predictor with every outcome."""
     configurations = [row for row in rows if not row.is_baseline]
     for over in get_args(answers.Over):
         for predictor in get_args(answers.Predictor):
@@ -198,7 +199,7 @@ def _correlations(rows: Sequence[Row]) -> Iterator[answers.Correlation]:
                 )
 
 
-def _best(rows: Sequence[Row]) -> Iterator[answers.Best]:
+def choose_best(rows: Sequence[Row]) -> Iterator[answers.Best]:
     """Yield the best of every model over its tasks, and of every task."""
     models: dict[str, list[str]] = {}
     for row in rows:

@@ -11,7 +11,6 @@ from torch import Tensor
 from app.audits.folders import influence_bytes
 from app.audits.models import Ranking, RankingState
 from workers.influence.aggregation import lower_half
-from workers.influence.estimators import Estimator
 from workers.influence.layer_groups import UnknownLayers
 from workers.pipeline.arms import plan_verification
 from workers.pipeline.artifacts import read_tensors
@@ -52,7 +51,6 @@ def aggregate(context: StageContext) -> StageOutput:
         tick=context.hold.step,
     )
     estimators = estimators_of(context)
-    check_layer_groups(layout, estimators, request.layer_groups or ())
     (ranking_estimator,) = (item for item in estimators if item.name == ranking.estimator)
     try:
         scored = scorer.score_all(
@@ -194,32 +192,6 @@ def _warn_of_checkpoints(context: StageContext, facts: TrainingFacts) -> list[st
         return []
     rows = name_rows(is_finite_T)
     return [f"At an earlier checkpoint the gradients of rows {rows} are not finite: not in tracin."]
-
-
-def check_layer_groups(
-    layout: ModelLayout, estimators: Sequence[Estimator], layer_groups: Sequence[str]
-) -> None:
-    """Check that every layer group that is asked for is there.
-
-    Raises:
-        AuditRefused: no estimator has the layers; says what there is.
-    """
-    for layers in layer_groups:
-        unknown = None
-        for estimator in estimators:
-            if estimator.axis == "none":
-                continue
-            try:
-                layout.groups_of(estimator, layers)
-            except UnknownLayers as error:
-                unknown = unknown or error
-            else:
-                break
-        else:
-            if unknown is not None:
-                raise AuditRefused(
-                    "unknown_layers", str(unknown), field="layer_groups"
-                ) from unknown
 
 
 def choose_validation(samples: SampleSet | None, facts: Mapping[str, Tensor]) -> ValidationChoice:
