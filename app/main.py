@@ -31,6 +31,8 @@ the samples that most likely carry a wrong label.
 3. `GET` it until `done`; `Retry-After` says when to look again.
 4. `GET /v1/audits/{id}/suspects`: the ranking, the most suspect first.
 
+`POST /v1/experiments` compares estimators, layers and aggregations over tasks and seeds.
+
 Positive influence is helpful; **the lowest score is the most suspect**, everywhere. Every error is
 a problem document (RFC 9457) whose `detail` says what to change.
 """

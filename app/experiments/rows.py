@@ -140,7 +140,7 @@ def _is_asked(item: Mapping[str, Any], request: Mapping[str, Any], *, has_pairs:
     """Return whether the experiment asks for a configuration: an audit's own ranking adds some."""
     groups = request["layer_groups"]
     return (
-        (groups == "all_groups" or item["layer_group"] in groups)
+        (groups is None or item["layer_group"] in groups)
         and item["estimator"] in request["estimators"]
         and item["aggregation"] in request["aggregations"]
         and (not has_pairs or item["correct_only"] in request["correct_only"])

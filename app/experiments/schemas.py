@@ -97,13 +97,13 @@ class ExperimentRequest(Strict):
     estimator_parameters: dict[EstimatorName, dict[str, float]] = Field(
         default_factory=dict, description="As in an audit."
     )
-    layer_groups: Literal["all_groups"] | list[Layers] = Field(
-        "all_groups",
+    layer_groups: list[Layers] | None = Field(
+        None,
         min_length=1,
         max_length=50,
-        description="all_groups: every layer group of the model (all, four bands of blocks, CL, "
-        "and WE where its gradients are taken); or layers by name, as in an audit's "
-        "ranking.layers, which every task's model must have.",
+        description="Layers by name, as in an audit's ranking.layers, which every task's model "
+        "must have. Default: every layer group of the model: all, four bands of blocks, CL, and WE "
+        "where its gradients are taken.",
     )
     aggregations: list[AggregationName] = Field(
         default_factory=lambda: [
@@ -191,8 +191,7 @@ class ExperimentRequest(Strict):
             "aggregations": self.aggregations,
             "correct_only": self.correct_only,
         }
-        if self.layer_groups != "all_groups":
-            lists["layer_groups"] = list(self.layer_groups)
+        lists["layer_groups"] = list(self.layer_groups or ())
         for name, values in lists.items():
             for place, value in enumerate(values):
                 if value in values[:place]:
@@ -252,7 +251,7 @@ class ExperimentRequest(Strict):
             estimators=self.estimators,
             estimator_parameters=self.estimator_parameters,
             aggregations=self.aggregations,
-            layer_groups=None if self.layer_groups == "all_groups" else list(self.layer_groups),
+            layer_groups=self.layer_groups,
             ranking=RankingSpecification(
                 estimator=self.estimators[0],
                 layers=self._ranking_layers(),
@@ -290,7 +289,7 @@ class ExperimentRequest(Strict):
         needs = ESTIMATORS[self.estimators[0]].needs
         if "word_embeddings" in needs:
             return "WE"
-        if not ESTIMATORS[self.estimators[0]].has_layers or self.layer_groups == "all_groups":
+        if not ESTIMATORS[self.estimators[0]].has_layers or self.layer_groups is None:
             return "all"
         elsewhere = {"WE", "CL"} if "hidden_states" in needs else {"WE"}
         for layers in self.layer_groups:

@@ -194,15 +194,15 @@ class ExperimentVerify(Request):
 class ExperimentRequest(Request):
     """Tasks × seeds × estimators × layer groups × aggregations; README.md explains it.
 
-    `layer_groups` is all_groups or a list of layers. To leave out the verification, or to use noise
-    that is known, send the JSON body with `verify` or `noise_fraction` null.
+    To leave out the verification, or to use noise that is known, send the JSON body with `verify` or
+    `noise_fraction` null.
     """
 
     tasks: list[ExperimentTask]
     seeds: list[int] | None = None
     estimators: list[str] | None = None
     estimator_parameters: dict[str, dict[str, float]] | None = None
-    layer_groups: str | list[str] | None = None
+    layer_groups: list[str] | None = None
     aggregations: list[str] | None = None
     correct_only: list[bool] | None = None
     vote_fraction: float | None = None

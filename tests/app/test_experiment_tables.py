@@ -242,7 +242,7 @@ class TestRowsOfAnAudit:
             },
         }
         asked = {
-            "layer_groups": "all_groups",
+            "layer_groups": None,
             "estimators": ["grad_dot", "self_influence"],
             "aggregations": ["mean"],
             "correct_only": [False],

@@ -126,7 +126,8 @@ class TestSubmitting:
             ({"layer_groups": ["all", "all"]}, "#/layer_groups/1", "twice"),
             ({"layer_groups": ["03-02"]}, "#/layer_groups/0", "write 02-03"),
             ({"layer_groups": ["WE"]}, "#/layer_groups/0", "word_embeddings"),
-            ({"layer_groups": "bands"}, "#/layer_groups", "all_groups"),
+            ({"layer_groups": "bands"}, "#/layer_groups", "valid list"),
+            ({"layer_groups": ["bands"]}, "#/layer_groups/0", "pattern"),
             ({"tasks": [experiment_task("a")] * 2}, "#/tasks/1/name", "twice"),
             (
                 {"tasks": [experiment_task("a", fine_tune={"seed": 1})]},
