@@ -194,8 +194,8 @@ class ExperimentVerify(Request):
 class ExperimentRequest(Request):
     """Tasks × seeds × estimators × layer groups × aggregations; README.md explains it.
 
-    To leave out the verification, or to use noise that is known, send the JSON body with `verify` or
-    `noise_fraction` null.
+    To leave out the verification, or to use noise that is known, send the body as a dict with
+    `verify` or `noise_fraction` None.
     """
 
     tasks: list[ExperimentTask]
