@@ -21,6 +21,10 @@ Need = Literal[
     "classes",
 ]
 Task = Literal["classification", "causal_lm"]
+Auto = Literal["auto"]
+Consensus = Literal["consensus"]
+AUTO: Auto = "auto"
+CONSENSUS: Consensus = "consensus"
 
 
 class EstimatorName(StrEnum):

@@ -6,6 +6,7 @@ from pathlib import Path
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from app.audits.fitting import named_estimators
 from app.audits.model_folders import gguf_files, has_chat_template
 from app.audits.schemas import AuditRequest, DatasetSource, Task
 from app.catalogue import ESTIMATORS
@@ -248,13 +249,10 @@ def _check_noise(request: AuditRequest, checked: AuditRequest) -> None:
         )
     if request.plant_noise or has_noise_column:
         return
-    pointers = [f"#/estimators/{place}" for place in range(len(request.estimators))]
-    asked = [*zip(pointers, request.estimators, strict=True)]
-    asked.append(("#/ranking/estimator", request.ranking.estimator))
-    for pointer, name in asked:
+    for path, name in named_estimators(request):
         if "known_noise" in ESTIMATORS[name].needs:
             raise InvalidRequest.at(
-                pointer,
+                "#/" + "/".join(map(str, path)),
                 f"The estimator {name.value} needs known noise: name its column in "
                 "train.columns.noise, or let plant_noise flip labels.",
             )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from app.catalogue import ESTIMATORS, EstimatorName
+from app.catalogue import AUTO, CONSENSUS, ESTIMATORS, EstimatorName
 from app.errors import FieldConflict
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ def check_fits_together(request: "AuditRequest") -> None:
     """
     _check_model(request)
     _check_columns(request)
-    _check_layers(request)
+    _check_choice(request)
+    if request.ranking.estimator not in {AUTO, CONSENSUS} and request.ranking.layers != AUTO:
+        _check_layers(request, EstimatorName(request.ranking.estimator))
     for path, name in named_estimators(request):
         _check_needs(request, path, name)
     _check_parameters(request)
@@ -35,9 +37,11 @@ def check_fits_together(request: "AuditRequest") -> None:
 
 def named_estimators(request: "AuditRequest") -> Iterator[tuple[Path, EstimatorName]]:
     """Yield every estimator that the request names, and where."""
-    for place, name in enumerate(request.estimators):
-        yield ("estimators", place), name
-    yield ("ranking", "estimator"), request.ranking.estimator
+    if request.estimators != AUTO:
+        for place, name in enumerate(request.estimators):
+            yield ("estimators", place), name
+    if request.ranking.estimator not in {AUTO, CONSENSUS}:
+        yield ("ranking", "estimator"), EstimatorName(request.ranking.estimator)
 
 
 def _check_model(request: "AuditRequest") -> None:
@@ -94,9 +98,32 @@ def _check_columns(request: "AuditRequest") -> None:
         )
 
 
-def _check_layers(request: "AuditRequest") -> None:
+def _check_choice(request: "AuditRequest") -> None:
+    """Check what `auto` and `consensus` may choose."""
     ranking = request.ranking
-    estimator = ESTIMATORS[ranking.estimator]
+    if ranking.estimator == CONSENSUS:
+        for name in ("layers", "aggregation"):
+            if getattr(ranking, name) != AUTO:
+                raise FieldConflict(
+                    *("ranking", name),
+                    message=f"a consensus chooses its members itself; leave out ranking.{name}",
+                )
+    if ranking.estimator in {AUTO, CONSENSUS} and request.estimators == []:
+        raise FieldConflict(
+            "estimators",
+            message="there is nothing to choose among: name estimators, or leave them out",
+        )
+    if ranking.estimator == EstimatorName.TRACIN and AUTO in {ranking.layers, ranking.aggregation}:
+        name = "layers" if ranking.layers == AUTO else "aggregation"
+        raise FieldConflict(
+            *("ranking", name),
+            message="the planted probes are scored at one checkpoint, so they cannot choose for "
+            f"tracin: set ranking.{name} yourself (all, rank)",
+        )
+
+
+def _check_layers(request: "AuditRequest", name: EstimatorName) -> None:
+    ranking, estimator = request.ranking, ESTIMATORS[name]
     parts = ranking.layers.split(",")
     for part in parts:
         first, _, last = part.partition("-")
@@ -108,29 +135,28 @@ def _check_layers(request: "AuditRequest") -> None:
     if not estimator.has_layers and ranking.layers != "all":
         raise FieldConflict(
             *("ranking", "layers"),
-            message=f"ranking.estimator {ranking.estimator.value} has no layers; set "
+            message=f"ranking.estimator {name.value} has no layers; set "
             "ranking.layers to all",
         )
     if "word_embeddings" in estimator.needs and ranking.layers != "WE":
         raise FieldConflict(
             *("ranking", "layers"),
-            message=f"ranking.estimator {ranking.estimator.value} looks at the word embeddings "
+            message=f"ranking.estimator {name.value} looks at the word embeddings "
             "alone; set ranking.layers to WE",
         )
     elsewhere = [part for part in parts if part in {"CL", "WE"}]
     if "hidden_states" in estimator.needs and elsewhere:
         raise FieldConflict(
             *("ranking", "layers"),
-            message=f"ranking.estimator {ranking.estimator.value} compares what the transformer "
+            message=f"ranking.estimator {name.value} compares what the transformer "
             f"blocks put out, and has no layers {' and '.join(elsewhere)}; set ranking.layers to "
             "all, to a block (04) or to a range of blocks (02-03)",
         )
     if "WE" in parts and "word_embeddings" not in estimator.needs:
-        _check_word_embeddings(request)
+        _check_word_embeddings(request, name)
 
 
-def _check_word_embeddings(request: "AuditRequest") -> None:
-    name = request.ranking.estimator
+def _check_word_embeddings(request: "AuditRequest", name: EstimatorName) -> None:
     if not _NEEDS_OTHER_MODULES.isdisjoint(ESTIMATORS[name].needs):
         raise FieldConflict(
             *("ranking", "layers"),
@@ -147,13 +173,6 @@ def _check_word_embeddings(request: "AuditRequest") -> None:
 
 def _check_needs(request: "AuditRequest", path: Path, name: EstimatorName) -> None:
     needs = ESTIMATORS[name].needs
-    if "validation" in needs and request.validation is None:
-        raise FieldConflict(
-            "validation",
-            message=f"the estimator {name.value} ({'.'.join(map(str, path))}) needs a validation "
-            "set: name one here, or ask for estimators that do without (self_influence, loss, "
-            "random)",
-        )
     if "checkpoints" in needs and not _has_checkpoints(request):
         raise FieldConflict(
             *path,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from app.audits.fitting import check_fits_together
-from app.catalogue import AggregationName, EstimatorName
+from app.catalogue import AUTO, AggregationName, Auto, Consensus, EstimatorName
 from app.datasets.files import ColumnNames
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
@@ -129,19 +129,38 @@ class PlantNoise(Strict):
     seed: int = Field(0, ge=0, lt=2**31)
 
 
+class Probes(Strict):
+    """Copies of training samples with wrong targets, by which `auto` chooses and measures.
+
+    Their gradients are taken at the same checkpoint. What ranks the copies low finds real noise.
+    """
+
+    fraction: float = Field(
+        0.1, gt=0, le=0.5, description="How many, as a share of the training samples."
+    )
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
 class RankingSpecification(Strict):
     """Which influence makes the ranking."""
 
-    estimator: EstimatorName = EstimatorName.GRAD_COSINE
+    estimator: EstimatorName | Auto | Consensus = Field(
+        AUTO,
+        description="An estimator; or auto: the configuration that finds the planted probes best; "
+        "or consensus: several of them and the loss, fused by rank.",
+    )
     layers: str = Field(
-        "all",
+        AUTO,
         max_length=1000,
-        pattern=rf"^{_LAYERS}(,{_LAYERS})*$",
+        pattern=rf"^(auto|{_LAYERS}(,{_LAYERS})*)$",
         description="Which layers count: all, CL (the head), WE (the word embeddings), a block "
         "(04), a range of blocks (02-03), or several of these with commas (02-03,05,CL). "
-        "GET /v1/audits/{id}/layers lists the groups of a model.",
+        "GET /v1/audits/{id}/layers lists the groups of a model. auto: the group that finds the "
+        "planted probes best.",
     )
-    aggregation: AggregationName = AggregationName.RANK
+    aggregation: AggregationName | Auto = Field(
+        AUTO, description="auto: which of mean, rank and vote finds the planted probes best."
+    )
     vote_fraction: float = Field(
         0.3, gt=0, le=1, description="For vote: the share of the training set that gets votes."
     )
@@ -154,10 +173,11 @@ class RankingSpecification(Strict):
         le=1,
         description="For common_set: the share of the columns that must have listed a sample.",
     )
-    correct_only: bool = Field(
-        False,
+    correct_only: bool | None = Field(
+        None,
         description="Use only validation samples that the model predicts correctly; for a causal "
-        "language model the half with the lower loss.",
+        "language model the half with the lower loss. Left out: false, or with aggregation auto "
+        "whatever finds the planted probes better.",
     )
 
 
@@ -201,11 +221,11 @@ class AuditRequest(Strict):
     plant_noise: PlantNoise | None = Field(
         None, description="Flip some training labels first, to measure the detection."
     )
-    estimators: list[EstimatorName] = Field(
-        default_factory=lambda: [EstimatorName.GRAD_COSINE],
-        max_length=len(EstimatorName),
+    estimators: list[EstimatorName] | Auto = Field(
+        AUTO,
         description="Estimators to compute and compare. The ranking's own, the loss and random "
-        "are always among them.",
+        "are always among them. auto: the ranking's own; where that is auto or consensus, those "
+        "that found noise best in our measurements and cost little together.",
     )
     estimator_parameters: dict[EstimatorName, dict[str, float]] = Field(
         default_factory=dict,
@@ -222,9 +242,14 @@ class AuditRequest(Strict):
         description="Aggregations to compute and compare; the ranking's own is always among them.",
     )
     ranking: RankingSpecification = Field(default_factory=RankingSpecification)
-    flag: Flag = Field(
-        default_factory=lambda: Flag(fraction=0.1, count=None),
-        description="Which of the lowest-scored samples are flagged. Default: a tenth.",
+    probes: Probes = Field(
+        default_factory=Probes,
+        description="The planted probes, where the ranking or the flag says auto or consensus.",
+    )
+    flag: Flag | Auto = Field(
+        AUTO,
+        description="Which of the lowest-scored samples are flagged. auto: as many as seem to be "
+        "wrong, by the scores of the planted probes and of the validation set.",
     )
     max_tokens: int = Field(256, ge=8, le=8192, description="Longer texts are cut to this.")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
@@ -251,9 +276,7 @@ class AuditRequest(Strict):
                     "train": {"reference": "upload:ds_0192f0c1a1b27c3d8e4f5a6b7c8d9e0f"},
                     "validation": {"reference": "upload:ds_0192f0c1a1b27c3d8e4f5a6b7c8d9e10"},
                     "fine_tune": {"epochs": 3},
-                    "estimators": ["grad_dot", "grad_cosine", "datainf"],
-                    "ranking": {"estimator": "datainf", "aggregation": "vote"},
-                    "flag": {"fraction": 0.2},
+                    "ranking": {"estimator": "consensus"},
                 }
             ]
         },

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from app.audits.automatic import computed_estimators, needs_probes
 from app.audits.models import AuditState
 from app.catalogue import ESTIMATORS
 from app.work.models import Stage
@@ -12,6 +13,7 @@ STATE_OF_STAGE = {
     Stage.FINE_TUNE: AuditState.FINE_TUNING,
     Stage.VALIDATION: AuditState.COMPUTING,
     Stage.GRADIENTS: AuditState.COMPUTING,
+    Stage.PROBES: AuditState.COMPUTING,
     Stage.CHECKPOINTS: AuditState.COMPUTING,
     Stage.CURVATURE: AuditState.COMPUTING,
     Stage.INFLUENCE: AuditState.COMPUTING,
@@ -24,6 +26,7 @@ _WEIGHT = {
     Stage.FINE_TUNE: 1.0,
     Stage.VALIDATION: 0.15,
     Stage.GRADIENTS: 0.9,
+    Stage.PROBES: 0.1,
     Stage.CHECKPOINTS: 0.9,
     Stage.CURVATURE: 0.1,
     Stage.INFLUENCE: 0.1,
@@ -33,11 +36,13 @@ _WEIGHT = {
 
 def stages_of(request: Mapping[str, Any]) -> list[Stage]:
     """Return the stages that a stored request goes through, in their order."""
-    names = {*request["estimators"], request["ranking"]["estimator"]}
+    names = computed_estimators(request)
     needs = {need for name in names for need in ESTIMATORS[name].needs}
     skipped = set()
     if not request.get("fine_tune"):
         skipped.add(Stage.FINE_TUNE)
+    if not needs_probes(request):
+        skipped.add(Stage.PROBES)
     if "checkpoints" not in needs:
         skipped.add(Stage.CHECKPOINTS)
     if "curvature" not in needs:
@@ -48,8 +53,12 @@ def stages_of(request: Mapping[str, Any]) -> list[Stage]:
 def num_units(stage: Stage, provenance: Mapping[str, Any]) -> int:
     """Return how many units a stage is cut into, as planned when computing began."""
     match stage:
-        case Stage.GRADIENTS | Stage.INFLUENCE:
+        case Stage.GRADIENTS:
             return int(provenance["num_shards"])
+        case Stage.PROBES:
+            return int(provenance["num_probe_shards"])
+        case Stage.INFLUENCE:
+            return int(provenance["num_shards"] + provenance["num_probe_shards"])
         case Stage.CHECKPOINTS:
             return int(provenance["num_checkpoints"] * provenance["num_shards"])
         case Stage.CURVATURE:

@@ -47,7 +47,15 @@ class Artifacts:
         self.fitted = self.root / "validation" / "fitted.safetensors"
         self.modules = self.root / "validation" / "modules.json"
         self.results = self.root / "results"
+        self.drawn_probes = self.root / "probes" / "drawn.safetensors"
         self._scratch = self.root / "scratch"
+        self._audit = (data_dir, audit_id)
+
+    @property
+    def probes(self) -> "Artifacts":
+        """The facts, the influence and the scratch of the probes, in a folder of their own."""
+        data_dir, audit_id = self._audit
+        return Artifacts(data_dir, f"{audit_id}/probes")
 
     def epoch_adapter(self, epoch: int) -> Path:
         """The adapter as it was after an epoch, from 0, kept where several are compared."""
@@ -96,7 +104,8 @@ class Artifacts:
 
     def remove_scratch(self) -> None:
         """Remove what only the passes over the gradients needed."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        for scratch in (self._scratch, self.probes._scratch):  # noqa: SLF001 - ours
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from app.audits.automatic import computed_estimators, needs_probes
 from workers.influence.estimators import Estimator, make_estimator
 from workers.pipeline.context import StageContext
 
@@ -15,18 +16,16 @@ class Wishes:
     hidden_states: bool
     word_embeddings: bool
     checkpoints: bool
+    features: bool
 
 
 def estimators_of(context: StageContext) -> list[Estimator]:
     """Return the estimators that an audit computes: the asked ones and the baselines."""
     request = context.request
-    asked = [*request.estimators, request.ranking.estimator, "loss", "random"]
-    if request.plant_noise or (request.train.columns and request.train.columns.noise):
-        asked.append("oracle")
     parameters = {str(name): values for name, values in request.estimator_parameters.items()}
     return [
         make_estimator(name, parameters.get(name, {}))
-        for name in dict.fromkeys(str(name) for name in asked)
+        for name in computed_estimators(request.stored())
     ]
 
 
@@ -37,10 +36,12 @@ def wishes_of(context: StageContext) -> Wishes:
     def any_needs(what: str) -> bool:
         return any(getattr(estimator, f"needs_{what}") for estimator in estimators)
 
+    features = context.request.task == "classification" and needs_probes(context.request.stored())
     return Wishes(
         curvature=any_needs("curvature"),
         kronecker=any_needs("kronecker"),
-        hidden_states=any_needs("hidden_states"),
+        hidden_states=any_needs("hidden_states") or features,
         word_embeddings=context.request.model.word_embeddings or any_needs("word_embeddings"),
         checkpoints=any_needs("checkpoints"),
+        features=features,
     )

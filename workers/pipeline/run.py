@@ -31,6 +31,7 @@ STAGES: dict[Stage, Callable[[StageContext], StageOutput]] = {
     Stage.FINE_TUNE: fine_tune,
     Stage.VALIDATION: compute_validation,
     Stage.GRADIENTS: compute_gradients,
+    Stage.PROBES: compute_gradients,
     Stage.CHECKPOINTS: compute_checkpoint,
     Stage.CURVATURE: fit_curvature,
     Stage.INFLUENCE: compute_influence,

@@ -27,6 +27,7 @@ from workers.pipeline.artifacts import Artifacts
 from workers.pipeline.column_source import ColumnSource, InfluenceReader, LengthReader
 from workers.pipeline.estimator_scores import EstimatorScores
 from workers.pipeline.layout import ALL, ModelLayout
+from workers.pipeline.probed_set import ProbedSet, ProbedSource
 from workers.pipeline.related import Related, find_related
 from workers.pipeline.training_facts import TrainingFacts
 
@@ -90,6 +91,8 @@ class Scorer:
         validation: which validation samples count.
         num_checkpoints: how many an estimator of several checkpoints adds up.
         is_noisy_T: the known noise.
+        probed: the set with the probes in place, whose scores are asked for instead; `facts` are
+            its own, and the probes are the noise.
         seed: of the random baseline.
         tick: is told how much of the work is done, and how much there is.
     """
@@ -103,12 +106,14 @@ class Scorer:
         validation: ValidationChoice,
         num_checkpoints: int = 0,
         is_noisy_T: Tensor | None = None,
+        probed: ProbedSet | None = None,
         seed: int = 0,
         tick: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
         self._artifacts, self._facts, self._layout = artifacts, facts, layout
         self._validation, self._num_checkpoints = validation, num_checkpoints
         self._is_noisy_T, self._seed, self._tick = is_noisy_T, seed, tick
+        self._probed = probed
 
     def score_all(
         self,
@@ -177,7 +182,7 @@ class Scorer:
         if estimator.kind != "pairwise":
             return None
         return find_related(
-            self._reader(estimator),
+            self._reader(estimator, self._artifacts, self._facts),
             self._facts,
             rows=self._layout.groups_of(estimator, layers)[layers],
             index_V=self._columns(estimator),
@@ -211,15 +216,30 @@ class Scorer:
         num_columns = 1 if estimator.kind == "sample" else len(self._columns(estimator))
         return torch.ones(num_columns, dtype=torch.bool)
 
-    def _reader(self, estimator: Estimator) -> InfluenceReader:
+    def _reader(
+        self, estimator: Estimator, artifacts: Artifacts, facts: TrainingFacts
+    ) -> InfluenceReader:
         has_checkpoints = isinstance(estimator, CheckpointEstimator)
         return InfluenceReader(
-            self._artifacts,
+            artifacts,
             estimator.name,
-            self._facts,
+            facts,
             chosen_V=self._columns(estimator),
             checkpoints=range(self._num_checkpoints) if has_checkpoints else (None,),
         )
+
+    def _source(self, estimator: Estimator, *, num_rows: int) -> ColumnSource:
+        """Return an estimator's influence, with `num_rows` where it is made of lengths."""
+
+        def read(artifacts: Artifacts, facts: TrainingFacts) -> ColumnSource:
+            if isinstance(estimator, SampleEstimator):
+                return LengthReader(estimator, facts, num_rows=num_rows)
+            return self._reader(estimator, artifacts, facts)
+
+        train, probed = read(self._artifacts, self._facts), self._probed
+        if probed is None:
+            return train
+        return ProbedSource(train, read(probed.artifacts, probed.probe_facts), probed.is_probe_F)
 
     def _score(
         self,
@@ -230,12 +250,8 @@ class Scorer:
         ranking: RankingSpecification,
         tick: Callable[[float], None],
     ) -> EstimatorScores:
-        source: ColumnSource
-        if isinstance(estimator, SampleEstimator):
-            num_rows = 1 + max(row for rows in groups.values() for row in rows)
-            source = LengthReader(estimator, self._facts, num_rows=num_rows)
-        else:
-            source = self._reader(estimator)
+        num_rows = 1 + max(row for rows in groups.values() for row in rows)
+        source = self._source(estimator, num_rows=num_rows)
         try:
             return EstimatorScores(
                 source,

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.audits.automatic import needs_probes
+from app.catalogue import AUTO
 from workers.device import device_name, free_bytes
 from workers.influence.errors import InsufficientMemory
 from workers.influence.estimators import (
@@ -71,6 +73,7 @@ def compute_validation(context: StageContext) -> StageOutput:
             "samples_per_batch": runtime.limits.samples,
             "samples_per_shard": plan.samples_per_shard,
             "num_shards": len(shards),
+            "num_probe_shards": _num_probe_shards(context, runtime, plan),
             "num_module_blocks": len(blocks),
             "num_checkpoints": _num_checkpoints(context),
             "keeps_gradients": keeps_gradients,
@@ -97,16 +100,25 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
         "blocks": extractor.num_blocks,
         "word_embedding": sparse[0] if sparse and context.request.model.word_embeddings else None,
     }
-    (estimator,) = (item for item in estimators_of(context) if item.name == ranking.estimator)
-    try:
-        ModelLayout.of(layout).groups_of(estimator, ranking.layers)
-    except ValueError as error:
-        raise AuditRefused("unknown_layers", str(error), field="ranking.layers") from error
+    if ranking.layers != AUTO:
+        try:
+            for estimator in estimators_of(context):
+                if ranking.estimator in {AUTO, estimator.name}:
+                    ModelLayout.of(layout).groups_of(estimator, ranking.layers)
+        except ValueError as error:
+            raise AuditRefused("unknown_layers", str(error), field="ranking.layers") from error
     return layout
 
 
 def _num_checkpoints(context: StageContext) -> int:
     return len(learning_rates(context)) if wishes_of(context).checkpoints else 0
+
+
+def _num_probe_shards(context: StageContext, runtime: Runtime, plan: MemoryPlan) -> int:
+    if not needs_probes(context.request.stored()):
+        return 0
+    num_probes = context.request.probes.fraction * len(runtime.train)
+    return max(1, math.ceil(num_probes / plan.samples_per_shard))
 
 
 def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
