@@ -135,8 +135,7 @@ def _check_layers(request: "AuditRequest", name: EstimatorName) -> None:
     if not estimator.has_layers and ranking.layers != "all":
         raise FieldConflict(
             *("ranking", "layers"),
-            message=f"ranking.estimator {name.value} has no layers; set "
-            "ranking.layers to all",
+            message=f"ranking.estimator {name.value} has no layers; set ranking.layers to all",
         )
     if "word_embeddings" in estimator.needs and ranking.layers != "WE":
         raise FieldConflict(

@@ -62,7 +62,7 @@ def compute_gradients(context: StageContext) -> StageOutput:
     influence.write(shard)
     if kept:
         _write_gradients(files.gradients(shard.number), kept)
-    if wishes.kronecker and not shard.is_probes:
+    if wishes.kronecker:
         write_tensors(
             files.kronecker(shard.number),
             {
@@ -155,14 +155,15 @@ def keep_block(
 
     For audits whose gradients would take too much disk if they were kept all at once.
     """
-    num_shards = context.provenance["num_shards"]
+    num_shards = context.provenance["num_shards"] + context.provenance["num_probe_shards"]
     specs = runtime.extractor.modules
-    for shard in range(num_shards):
-        path = context.artifacts.block_gradients(block, shard)
+    for position in range(num_shards):
+        shard = runtime.shard(context, position)
+        path = shard.files.block_gradients(block, shard.number)
         if path.exists():
             continue
-        context.hold.step(shard, num_shards)
-        num_samples = len(runtime.shard(context, shard))
+        context.hold.step(position, num_shards)
+        num_samples = len(shard)
         kept = {
             module: torch.zeros(num_samples, specs[module].num_parameters) for module in modules
         }
@@ -172,5 +173,5 @@ def keep_block(
         ) -> None:
             kept[module][positions] = gradient_Bd.cpu()
 
-        compute_again(context, runtime, shard, modules=modules, use=keep)
+        compute_again(context, runtime, position, modules=modules, use=keep)
         _write_gradients(path, kept)

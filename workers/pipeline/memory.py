@@ -169,9 +169,7 @@ def split_batches(batches: Sequence[Tensor], *, count: int) -> list[Tensor]:
     """Cut batches into `count` shards of about as many batches each; some may be empty."""
     none = torch.empty(0, dtype=torch.int64)
     ends = [len(batches) * number // count for number in range(count + 1)]
-    return [
-        torch.cat([none, *batches[start:stop]]) for start, stop in itertools.pairwise(ends)
-    ]
+    return [torch.cat([none, *batches[start:stop]]) for start, stop in itertools.pairwise(ends)]
 
 
 def plan_batches(length_T: Tensor, limits: BatchLimits) -> list[Tensor]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.influence.aggregation import lower_half
 from workers.influence.batching import collate, completion_labels
 from workers.influence.probes import Probes, draw_completion_probes, draw_label_probes
 from workers.pipeline.artifacts import read_tensors, write_tensors
@@ -68,30 +67,17 @@ class ProbeSet:
 def read_probes(context: StageContext, train: SampleSet) -> ProbeSet:
     """Return the audit's probes, drawn once all training samples have been seen.
 
-    They are drawn among the samples that the model fits: a copy of one that is wrong already may
-    be given the right label. Every worker draws the same.
+    Among all samples that are finite, whatever the model says of them: those that it fits alone
+    would hide what it has learned wrongly. Every worker draws the same.
     """
     path, provenance = context.artifacts.drawn_probes, context.provenance
     if not path.exists():
         facts = TrainingFacts(context.artifacts, provenance["num_shards"])
-        probes = _draw(context, train, eligible_T=fitted_samples(train, facts))
+        probes = _draw(context, train, eligible_T=facts.is_finite_T)
         write_tensors(path, {"index": probes.index_P, "target": probes.target_P})
     drawn = read_tensors(path)
     probes = Probes(drawn["index"], drawn["target"])
     return ProbeSet(train, probes, max_tokens=provenance["max_tokens"])
-
-
-def fitted_samples(samples: SampleSet, facts: TrainingFacts) -> Tensor:
-    """Return which training samples the model fits, bool [T]: it predicts their given labels.
-
-    For a causal language model the half with the lower loss.
-    """
-    is_fitted_T = facts.is_finite_T.clone()
-    if samples.has_completions:
-        is_fitted_T[facts.finite_F] = lower_half(facts.loss_T[facts.finite_F])
-    else:
-        is_fitted_T &= facts.predicted_T == samples.label_T
-    return is_fitted_T
 
 
 def _draw(context: StageContext, train: SampleSet, *, eligible_T: Tensor) -> Probes:
