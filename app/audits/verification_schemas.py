@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from app.errors import FieldConflict
 
 if TYPE_CHECKING:
-    from app.audits.schemas import RankingSpecification
+    from app.audits.schemas import Configuration
 
 MAX_RANKINGS = 500
 MAX_SEEDS = 20
@@ -62,7 +62,7 @@ class Verify(BaseModel):
         "samples; random: without as many random ones; oracle: without exactly the known noise. "
         "Default: all that fit the audit; oracle where noise is known or planted.",
     )
-    rankings: list["RankingSpecification"] = Field(
+    rankings: list["Configuration"] = Field(
         default_factory=list,
         max_length=MAX_RANKINGS,
         description="Further rankings to filter by, each an arm of its own.",
@@ -103,7 +103,7 @@ class Verify(BaseModel):
         return [arm for arm in ArmName if arm not in unfit]
 
 
-def ranking_name(ranking: "RankingSpecification") -> str:
+def ranking_name(ranking: "Configuration") -> str:
     """Return the name of a ranking's arm: what makes its order, and nothing else."""
     estimator, aggregation = ranking.estimator.value, ranking.aggregation.value
     parts = [estimator, ranking.layers, aggregation]

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.audits.automatic import needs_probes
 from app.audits.fitting import named_rankings
+from app.catalogue import AUTO
 from workers.device import device_name, free_bytes
 from workers.influence.errors import InsufficientMemory
 from workers.influence.estimators import (
@@ -25,6 +27,7 @@ from workers.influence.estimators import (
     WordEmbeddingEstimator,
 )
 from workers.influence.kronecker import MAX_SIDE
+from workers.influence.layer_groups import UnknownLayers
 from workers.influence.rows import SparseRows
 from workers.pipeline.agreement import compare_projection
 from workers.pipeline.artifacts import write_json, write_tensors
@@ -72,6 +75,7 @@ def compute_validation(context: StageContext) -> StageOutput:
             "samples_per_batch": runtime.limits.samples,
             "samples_per_shard": plan.samples_per_shard,
             "num_shards": len(shards),
+            "num_probe_shards": _num_probe_shards(context, runtime, plan),
             "num_module_blocks": len(blocks),
             "num_checkpoints": _num_checkpoints(context),
             "keeps_gradients": keeps_gradients,
@@ -100,9 +104,13 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
     }
     estimators = {item.name: item for item in estimators_of(context)}
     for path, ranking in named_rankings(context.request):
+        if ranking.layers == AUTO:
+            continue
+        named = ranking.estimator
+        asked = [each for each in estimators.values() if named in {AUTO, each.name}]
         try:
-            ModelLayout.of(layout).groups_of(estimators[ranking.estimator], ranking.layers)
-        except ValueError as error:
+            ModelLayout.of(layout).check_layers(asked, ranking.layers)
+        except UnknownLayers as error:
             field = ".".join((*map(str, path), "layers"))
             raise AuditRefused("unknown_layers", str(error), field=field) from error
     return layout
@@ -110,6 +118,13 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
 
 def _num_checkpoints(context: StageContext) -> int:
     return len(learning_rates(context)) if wishes_of(context).checkpoints else 0
+
+
+def _num_probe_shards(context: StageContext, runtime: Runtime, plan: MemoryPlan) -> int:
+    if not needs_probes(context.request.stored()):
+        return 0
+    num_probes = context.request.probes.fraction * len(runtime.train)
+    return max(1, math.ceil(num_probes / plan.samples_per_shard))
 
 
 def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
