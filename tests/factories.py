@@ -38,7 +38,8 @@ GROUPS = {"all": ["layer.0.query", "head"], "00": ["layer.0.query"], "CL": ["hea
 CSV_TABLE = "text,label\ngood film,pos\nbad film,neg\nfine,pos\n"
 CAUSAL_LM_REQUEST: dict[str, Any] = {"task": "causal_lm", "validation": None} | {
     "estimators": ["self_influence"],
-    "ranking": {"estimator": "self_influence"},
+    "ranking": {"estimator": "self_influence", "layers": "all", "aggregation": "mean"},
+    "flag": {"fraction": 0.1},
 }
 
 
