@@ -8,10 +8,8 @@ from typing import Any
 
 from app.catalogue import AUTO, CONSENSUS, ESTIMATORS, EstimatorName
 
-# By measurement (docs/results.md): each was the best somewhere, and together they cost little more
-# than one.
-_DOT = (EstimatorName.GRAD_DOT, EstimatorName.GRAD_COSINE)
-_CURVATURE = (EstimatorName.DATAINF, EstimatorName.GAUSS_NEWTON, EstimatorName.EKFAC)
+# By measurement (docs/results.md): each is the best somewhere, and others added nothing to them.
+_CURVATURE = (EstimatorName.GAUSS_NEWTON, EstimatorName.EKFAC)
 _BASELINES = (EstimatorName.LOSS, EstimatorName.RANDOM)
 # Probes are ranked by aggregations that take columns as they come.
 CANDIDATE_AGGREGATIONS = ("mean", "rank", "vote")
@@ -63,7 +61,7 @@ def _asked(request: Mapping[str, Any]) -> Iterator[str]:
     if ranks_by not in {AUTO, CONSENSUS}:
         yield ranks_by
     elif request["estimators"] == AUTO:
-        yield from _DOT
+        yield EstimatorName.GRAD_COSINE
         # the curvature of whole matrices would cost more than all the rest
         if request["model"]["adapter"] or request["fine_tune"]:
             yield from _CURVATURE

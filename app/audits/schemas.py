@@ -137,7 +137,10 @@ class Probes(Strict):
     """
 
     fraction: float = Field(
-        0.1, gt=0, le=0.5, description="How many, as a share of the training samples."
+        0.2,
+        gt=0,
+        le=0.5,
+        description="How many, as a share of the training samples; at most 1,000.",
     )
     seed: int = Field(0, ge=0, lt=2**31)
 

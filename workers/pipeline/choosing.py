@@ -24,7 +24,7 @@ WEIGHT_SCALE = 0.02
 # Standard errors above chance that the best of some hundred configurations does not reach by luck.
 _SURE = 4.0
 # A fresh copy with a wrong target is easy for these, real noise that was trained on is not.
-_FLATTERED = frozenset({EstimatorName.LOSS, EstimatorName.SELF_INFLUENCE})
+FLATTERED = frozenset({EstimatorName.LOSS, EstimatorName.SELF_INFLUENCE})
 _NO_CANDIDATES = frozenset({EstimatorName.RANDOM, EstimatorName.ORACLE, EstimatorName.TRACIN})
 
 
@@ -198,7 +198,7 @@ def _members(
     for configuration, found in table:
         member = Member(configuration, auc_ndr=found["auc_ndr"])
         best.setdefault(str(configuration.estimator), member)
-    sound = [member for name, member in best.items() if name not in _FLATTERED]
+    sound = [member for name, member in best.items() if name not in FLATTERED]
     if ranking.estimator != CONSENSUS:
         return (sound or list(best.values()))[:1]
     voices = sound + [best[name] for name in (EstimatorName.LOSS,) if name in best]

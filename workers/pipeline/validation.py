@@ -47,6 +47,7 @@ from workers.pipeline.memory import (
     row_floats,
 )
 from workers.pipeline.non_finite import check_share
+from workers.pipeline.probe_samples import num_probes
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.validation_rows import ValidationRows, collect_validation, write_rows
 
@@ -123,8 +124,7 @@ def _num_checkpoints(context: StageContext) -> int:
 def _num_probe_shards(context: StageContext, runtime: Runtime, plan: MemoryPlan) -> int:
     if not needs_probes(context.request.stored()):
         return 0
-    num_probes = context.request.probes.fraction * len(runtime.train)
-    return max(1, math.ceil(num_probes / plan.samples_per_shard))
+    return math.ceil(num_probes(context, len(runtime.train)) / plan.samples_per_shard)
 
 
 def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
