@@ -172,6 +172,7 @@ def make_finished_audit(
             )
         }
         finish(audit, AuditState.SUCCEEDED)
+        session.execute(update(WorkUnit).values(state="done").where(WorkUnit.audit_id == audit.id))
     return audit
 
 
