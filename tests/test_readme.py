@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from app import catalogue_routes, health
+from app.audits import ranking_routes
 from app.audits import routes as audit_routes
 from app.audits.schemas import (
     AuditRequest,
@@ -95,6 +96,7 @@ def test_every_call_is_listed() -> None:
     routers = [
         audit_routes.router,
         audit_routes.results_router,
+        ranking_routes.router,
         dataset_routes.router,
         catalogue_routes.router,
         health.router,

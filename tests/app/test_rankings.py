@@ -37,6 +37,9 @@ def path_of(audit: Audit, ranking: Ranking | None = None, *rest: str) -> str:
     return "/".join(parts)
 
 
+COSINE = {"estimator": "grad_cosine", "aggregation": "rank"}
+
+
 def own(audit: Audit) -> str:
     return f"{path_of(audit)}/{audit.summary['ranking_id']}"
 
@@ -53,12 +56,12 @@ class TestAsking:
         assert (ranking["state"], ranking["done"], ranking["is_own"]) == ("queued", False, False)
         assert ranking["request"] == {
             "estimator": "loss",
-            "layers": "all",
-            "aggregation": "rank",
+            "layers": "auto",
+            "aggregation": "auto",
             "vote_fraction": 0.3,
             "trim_fraction": 0.1,
             "common_share": 0.5,
-            "correct_only": False,
+            "correct_only": None,
             "flag": {"fraction": None, "count": 3},
         }
         with Session(engine) as session:
@@ -67,7 +70,8 @@ class TestAsking:
         assert client.get(response.headers["Location"]).json() == ranking
 
     def test_the_audits_own_flag_is_the_default(self, client: TestClient, finished: Audit) -> None:
-        ranking = client.post(path_of(finished), json={"layers": "CL"}).json()
+        asked = {"estimator": "loss"}
+        ranking = client.post(path_of(finished), json=asked).json()
         assert ranking["request"]["flag"] == {"fraction": 0.1, "count": None}
 
     @pytest.mark.parametrize(
@@ -76,10 +80,13 @@ class TestAsking:
             ({"estimator": "datainf"}, "#/estimator", "it has grad_cosine, loss, random, self_inf"),
             ({"estimator": "oracle"}, "#/estimator", "did not compute oracle"),
             ({"estimator": "magic"}, "#/estimator", "Input should be"),
-            ({"layers": "03-01"}, "#/layers", "write 01-03"),
+            ({**COSINE, "layers": "03-01"}, "#/layers", "write 01-03"),
             ({"layers": "middle"}, "#/layers", "pattern"),
             ({"estimator": "loss", "layers": "CL"}, "#/layers", "set layers to all"),
-            ({"layers": "WE"}, "#/layers", "word_embeddings to true in another audit"),
+            ({**COSINE, "layers": "WE"}, "#/layers", "word_embeddings to true in another audit"),
+            ({"layers": "CL"}, "#/estimator", "planted no probes"),
+            ({"estimator": "grad_cosine"}, "#/layers", "planted no probes"),
+            ({"estimator": "consensus"}, "#/estimator", "planted no probes"),
             ({"vote_fraction": 0}, "#/vote_fraction", "greater than 0"),
             ({"flag": {}}, "#/flag", "either fraction or count"),
             ({"k": 3}, "#/k", "Extra inputs"),

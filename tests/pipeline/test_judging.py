@@ -191,13 +191,13 @@ def class_findings(
         logit_NC[torch.arange(len(true_N)), true_N] += 3
         return logit_NC.softmax(dim=1)
 
-    true_T, true_V = (torch.randint(3, (count,), generator=draw) for count in (num_train, 90))
+    true_T, true_V = (torch.randint(3, (count,), generator=draw) for count in (num_train, 600))
     is_wrong_T = torch.rand(num_train, generator=draw) < share
     label_T = torch.where(is_wrong_T, (true_T + 1) % 3, true_T)
     artifacts = context.artifacts
     train_TC = answers(true_T)
     given_T = train_TC.gather(1, label_T[:, None])[:, 0]
-    is_finite_V = torch.arange(90) % 10 != 4
+    is_finite_V = torch.arange(600) % 10 != 4
     findings = Findings(
         train=sample_files.classes(artifacts.train, label_T.tolist()),
         validation=sample_files.classes(artifacts.validation, true_V.tolist())
