@@ -227,9 +227,7 @@ def print_tables(found: dict[str, list[Row]]) -> None:
 
 def print_choice(rows: list[Row]) -> None:
     """Print what was chosen beside what there was."""
-    print(
-        "| task, seed | loss | confidence | cleanlab | best fixed | auto | of the best | consensus |"
-    )
+    print("| task, seed | loss | confidence | cleanlab | best fixed | auto | of it | consensus |")
     print("|---" * 8 + "|")
     columns: dict[str, list[float]] = {}
     for row in rows:

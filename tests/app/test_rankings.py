@@ -112,13 +112,13 @@ class TestAsking:
         queued = make_audit(engine)
         failed = make_ended_audit(engine, AuditState.FAILED)
         for audit, state in ((queued, "queued"), (failed, "failed")):
-            response = client.post(path_of(audit), json={})
+            response = client.post(path_of(audit), json={"estimator": "loss"})
             assert (response.status_code, response.json()["state"]) == (409, state)
         assert client.get(path_of(queued)).json()["data"] == []
 
     def test_an_unknown_audit_is_not_found(self, client: TestClient, finished: Audit) -> None:
         for response in (
-            client.post("/v1/audits/aud_nope/rankings", json={}),
+            client.post("/v1/audits/aud_nope/rankings", json={"estimator": "loss"}),
             client.get("/v1/audits/aud_nope/rankings"),
             client.get(f"{path_of(finished)}/rnk_nope"),
             client.get(f"{path_of(finished)}/rnk_nope/suspects"),
@@ -357,7 +357,7 @@ class TestWhatIsKept:
         app = create_app(for_ever, engine, api.state.celery)
         patient = TestClient(app, headers={"Authorization": client.headers["Authorization"]})
         assert patient.get(f"/v1/audits/{finished.id}").json()["kept"]["until"] is None
-        assert patient.post(path_of(finished), json={}).status_code == 202
+        assert patient.post(path_of(finished), json={"estimator": "loss"}).status_code == 202
 
     def test_when_it_is_over_no_further_ranking_is_taken(
         self, client: TestClient, engine: Engine, finished: Audit
@@ -365,7 +365,7 @@ class TestWhatIsKept:
         """Also in the moment before the files are gone."""
         with transaction(engine) as session:
             session.execute(update(Audit).values(finished_at=long_ago()))
-        response = client.post(path_of(finished), json={})
+        response = client.post(path_of(finished), json={"estimator": "loss"})
         assert response.status_code == 409
         assert "were deleted on 2020-01-31" in response.json()["detail"]
         assert "Submit the audit again" in response.json()["detail"]
