@@ -152,7 +152,7 @@ def _pointer(error: Mapping[str, Any], body: object) -> str:
 def _in_body(path: Sequence[str | int], body: object, *, is_absent: bool) -> Iterator[str | int]:
     """Yield the parts of a place that the body has, without those that name a kind of a union."""
     for number, part in enumerate(path, start=1):
-        if isinstance(body, dict) and part in body:  # noqa: SIM114  the checker tells them apart by branch
+        if isinstance(body, Mapping) and part in body:  # noqa: SIM114  the checker tells them apart by branch
             body = body[part]
         elif isinstance(body, list) and isinstance(part, int):
             body = body[part]

@@ -29,10 +29,10 @@ import torch
 from app.audits.models import Audit
 from benchmarks import detection, language_model
 from benchmarks.local_worker import LocalWorker, local_worker, minutes_since
-from workers.pipeline.choosing import FLATTERED
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.scores import detection as measure
 
+ESTIMATORS = ["grad_dot", "grad_cosine", "datainf", "gauss_newton", "ekfac", "self_influence"]
 TASKS = (*detection.SETS, "smollm2_sst2", "smollm2_grammars")
 SIZES = {"smollm2_sst2": (600, 120), "smollm2_grammars": (450, 60)}
 NUM_TRAIN, NUM_VALIDATION = 1500, 300
@@ -80,7 +80,7 @@ def main() -> None:
 def request(worker: LocalWorker, task: str, seed: int) -> dict[str, Any]:
     """Return the audit of one task: everything that can be chosen, and the consensus."""
     chosen: dict[str, Any] = {
-        "ranking": {"estimator": "consensus"},
+        "estimators": ESTIMATORS,
         "probes": {"fraction": 0.2, "seed": seed},
         "seed": seed,
     }
@@ -126,13 +126,15 @@ def describe(worker: LocalWorker, task: str, seed: int, audit: Audit) -> Row:
         ]["auc_ndr"]
         for row in summary["configurations"]
     }
+    auto = audit.summary["choice"]["members"][0]
+    consensus = worker.rank(audit, {"estimator": "consensus"})
     row: Row = {
         "task": task,
         "seed": seed,
         "fixed": fixed,
-        "auto": chosen_by_probes(summary["choice"]),
-        "members": summary["choice"]["members"],
-        "consensus": summary["detection"]["auc_ndr"],
+        "auto": name_of(auto),
+        "members": consensus.summary["choice"]["members"],
+        "consensus": consensus.summary["detection"]["auc_ndr"],
         "share": summary["noise"],
         "noise": summary["num_noisy"] / audit.num_train if audit.num_train else None,
         "timings": audit.timings,
@@ -151,14 +153,10 @@ def key(estimator: str, layers: str, aggregation: str | None, correct_only: bool
     return " ".join([estimator, layers, aggregation or "", "-c" if correct_only else ""]).strip()
 
 
-def chosen_by_probes(choice: dict[str, Any]) -> str:
-    """Return the configuration that auto takes."""
-    for row in choice["configurations"]:
-        if row["estimator"] not in FLATTERED:
-            is_baseline = row["estimator"] in BASELINES
-            aggregation = "" if is_baseline else row["aggregation"]
-            return key(row["estimator"], row["layers"], aggregation, row["correct_only"])
-    raise ValueError("auto chose nothing")
+def name_of(row: Row) -> str:
+    """Return the name of a configuration that the probes chose."""
+    aggregation = "" if row["estimator"] in BASELINES else row["aggregation"]
+    return key(row["estimator"], row["layers"], aggregation, row["correct_only"])
 
 
 def reliability(worker: LocalWorker, audit: Audit) -> list[Row]:

@@ -307,7 +307,7 @@ def test_rankings_of_older_audits_are_their_own_and_have_ended(empty: Engine) ->
         session.flush()
         add_ranking_unit(session, later)
         session.commit()
-    migrate(empty, "-1")
+    take_back(empty, "0002")
     with empty.connect() as connection:
         assert connection.execute(text("SELECT id FROM rankings")).all() == [("r",)]
         assert connection.execute(text("SELECT id FROM work_units")).all() == []

@@ -19,6 +19,7 @@ from app.audits.schemas import (
     Flag,
     ModelSource,
     PlantNoise,
+    Probes,
     RankingSpecification,
 )
 from app.audits.verification_schemas import Verify
@@ -69,6 +70,7 @@ def test_every_option_of_a_request_is_listed_with_its_default() -> None:
         "fine_tune": FineTune,
         "plant_noise": PlantNoise,
         "ranking": RankingSpecification,
+        "probes": Probes,
         "flag": Flag,
         "verify": Verify,
     }

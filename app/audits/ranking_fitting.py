@@ -64,9 +64,18 @@ def check_later_ranking(request: "AuditRequest", ranking: "RankingSpecification"
         FieldConflict: the field to change, and how.
     """
     stored = request.stored()
+    estimator = ESTIMATORS.get(ranking.estimator)
+    # the lengths of all gradients are kept with every audit
+    there_are = dict.fromkeys([*computed_estimators(stored), EstimatorName.SELF_INFLUENCE.value])
+    if estimator is not None and ranking.estimator not in there_are:
+        raise FieldConflict(
+            "estimator",
+            message=f"the audit did not compute {estimator.name.value}; it has "
+            f"{', '.join(there_are)}. Choose one of them, or submit an audit with this one among "
+            "its estimators",
+        )
     chooses = AUTO in {ranking.estimator, ranking.layers, ranking.aggregation}
     chooses = chooses or ranking.estimator == CONSENSUS
-    estimator = ESTIMATORS.get(ranking.estimator)
     if chooses and not needs_probes(stored) and (estimator is None or estimator.has_layers):
         name = next(
             name
@@ -77,15 +86,6 @@ def check_later_ranking(request: "AuditRequest", ranking: "RankingSpecification"
             name,
             message=f"the audit planted no probes, so nothing can be chosen by them; set {name} "
             "yourself, or submit an audit whose ranking or flag is auto",
-        )
-    # the lengths of all gradients are kept with every audit
-    there_are = dict.fromkeys([*computed_estimators(stored), EstimatorName.SELF_INFLUENCE.value])
-    if estimator is not None and ranking.estimator not in there_are:
-        raise FieldConflict(
-            "estimator",
-            message=f"the audit did not compute {estimator.name.value}; it has "
-            f"{', '.join(there_are)}. Choose one of them, or submit an audit with this one among "
-            "its estimators",
         )
     check_ranking(request, ranking)
 

@@ -145,38 +145,7 @@ class Probes(Strict):
     seed: int = Field(0, ge=0, lt=2**31)
 
 
-class _AggregationOptions(Strict):
-    """What an aggregation may be set to."""
-
-    vote_fraction: float = Field(
-        0.3, gt=0, le=1, description="For vote: the share of the training set that gets votes."
-    )
-    trim_fraction: float = Field(
-        0.1, ge=0, lt=0.5, description="For trimmed_mean: the share that is cut off at each end."
-    )
-    common_share: float = Field(
-        0.5,
-        gt=0,
-        le=1,
-        description="For common_set: the share of the columns that must have listed a sample.",
-    )
-
-
-class Configuration(_AggregationOptions):
-    """One way to rank: an estimator on some layers with an aggregation."""
-
-    estimator: EstimatorName = EstimatorName.GRAD_COSINE
-    layers: str = Field(
-        "all",
-        max_length=1000,
-        pattern=rf"^{_LAYERS}(,{_LAYERS})*$",
-        description="As in the audit's ranking, but for auto.",
-    )
-    aggregation: AggregationName = AggregationName.RANK
-    correct_only: bool = Field(False, description="As in the audit's ranking.")
-
-
-class RankingSpecification(_AggregationOptions):
+class RankingSpecification(Strict):
     """Which influence makes the ranking."""
 
     estimator: EstimatorName | Auto | Consensus = Field(
@@ -196,12 +165,38 @@ class RankingSpecification(_AggregationOptions):
     aggregation: AggregationName | Auto = Field(
         AUTO, description="auto: which of mean, rank and vote finds the planted probes best."
     )
+    vote_fraction: float = Field(
+        0.3, gt=0, le=1, description="For vote: the share of the training set that gets votes."
+    )
+    trim_fraction: float = Field(
+        0.1, ge=0, lt=0.5, description="For trimmed_mean: the share that is cut off at each end."
+    )
+    common_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="For common_set: the share of the columns that must have listed a sample.",
+    )
     correct_only: bool | None = Field(
         None,
         description="Use only validation samples that the model predicts correctly; for a causal "
         "language model the half with the lower loss. Left out: false, or with aggregation auto "
         "whatever finds the planted probes better.",
     )
+
+
+class Configuration(RankingSpecification):
+    """One way to rank: an estimator on some layers with an aggregation, nothing left open."""
+
+    estimator: EstimatorName = EstimatorName.GRAD_COSINE
+    layers: str = Field(
+        "all",
+        max_length=1000,
+        pattern=rf"^{_LAYERS}(,{_LAYERS})*$",
+        description="As in the audit's ranking, but for auto.",
+    )
+    aggregation: AggregationName = AggregationName.RANK
+    correct_only: bool = Field(False, description="As in the audit's ranking.")
 
 
 class Flag(Strict):

@@ -103,7 +103,7 @@ class TestAsking:
     def test_the_lengths_of_all_gradients_are_there_without_being_asked(
         self, client: TestClient, finished: Audit
     ) -> None:
-        body = {"estimator": "self_influence", "layers": "CL"}
+        body = {"estimator": "self_influence", "layers": "CL", "aggregation": "mean"}
         assert client.post(path_of(finished), json=body).status_code == 202
 
     def test_an_audit_that_has_not_succeeded_says_its_state(
@@ -129,7 +129,8 @@ class TestAsking:
 
 class TestIdempotency:
     def ask(self, client: TestClient, audit: Audit, key: str, **body: Any) -> Any:
-        return client.post(path_of(audit), json=body, headers={"Idempotency-Key": key})
+        asked = {**COSINE, "layers": "all", **body}
+        return client.post(path_of(audit), json=asked, headers={"Idempotency-Key": key})
 
     def test_the_same_key_is_the_same_ranking(self, client: TestClient, finished: Audit) -> None:
         first, again = (self.ask(client, finished, "k", layers="CL") for _ in range(2))

@@ -222,11 +222,14 @@ def test_a_download_is_the_file_of_the_results(
         assert pq.read_table(path)["rank"].to_pylist() == [*range(10)]
 
 
+COSINE = {"estimator": "grad_cosine", "layers": "CL", "aggregation": "rank"}
+
+
 def test_another_ranking_from_asking_to_its_file(
     client: Client, engine: Engine, settings: Settings, tmp_path: Path
 ) -> None:
     audit = make_finished_audit(engine, settings)
-    asked = client.rank(audit.id, RankingRequest(layers="CL", flag=Flag(count=2)))
+    asked = client.rank(audit.id, RankingRequest(**COSINE, flag=Flag(count=2)))
     assert (asked.state, asked.is_own, asked.request["flag"]["count"]) == ("queued", False, 2)
     with pytest.raises(NotDoneInTime, match=asked.id):
         client.wait_for_ranking(audit.id, asked.id, poll_seconds=0.01, timeout=0.05)
@@ -254,7 +257,7 @@ def test_the_same_key_asks_for_a_ranking_once(
     client: Client, engine: Engine, settings: Settings
 ) -> None:
     audit = make_finished_audit(engine, settings)
-    ids = {client.rank(audit.id, {"layers": "CL"}, idempotency_key="k").id for _ in range(2)}
+    ids = {client.rank(audit.id, COSINE, idempotency_key="k").id for _ in range(2)}
     assert len(ids) == 1
     with pytest.raises(WinnowError, match="did not compute datainf"):
         client.rank(audit.id, {"estimator": "datainf"})

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 from sqlalchemy import create_engine
+from torch import Tensor
 
 from app.audits.schemas import AuditRequest
 from app.settings import Settings
@@ -13,8 +15,10 @@ from app.work.models import Stage
 from app.work.repository import Claim
 from tests.factories import request_body
 from workers.lease import Hold
+from workers.pipeline.artifacts import Artifacts, write_tensors
 from workers.pipeline.context import StageContext
 from workers.pipeline.samples import SCHEMA, SampleSet, write_samples
+from workers.pipeline.training_facts import TrainingFacts
 
 AUDIT_ID = "aud_1"
 
@@ -50,6 +54,26 @@ def context_of(
         provenance=provenance or {},
         tenant="default",
     )
+
+
+def write_facts(
+    artifacts: Artifacts, given_probability_N: Tensor, *, broken: Sequence[int] = ()
+) -> TrainingFacts:
+    """Write what a model said of samples, in one shard."""
+    num_samples = len(given_probability_N)
+    is_finite_N = torch.ones(num_samples, dtype=torch.bool)
+    is_finite_N[list(broken)] = False
+    tensors = {
+        "index": torch.arange(num_samples),
+        "loss": -given_probability_N.log(),
+        "predicted": torch.zeros(num_samples, dtype=torch.int32),
+        "predicted_probability": torch.ones(num_samples),
+        "given_probability": given_probability_N,
+        "squared_norm": torch.ones(6, num_samples),
+        "is_finite": is_finite_N,
+    }
+    write_tensors(artifacts.facts(0), tensors)
+    return TrainingFacts(artifacts, 1)
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> SampleSet:

@@ -5,7 +5,7 @@ Shapes: T training samples, F those that are finite, V validation samples.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,12 +63,14 @@ class Scored:
     Attributes:
         group_scores: score_T of the ranking's estimator and aggregation by layer group.
         configurations: every computed configuration with its detection, as stored.
+        probed_scores: score_F of every configuration of a probed set, in the same order.
         warnings: what the user should know.
     """
 
     group_scores: dict[str, Tensor]
     configurations: list[dict[str, Any]]
     warnings: list[str]
+    probed_scores: list[Tensor] = field(default_factory=list)
 
 
 def detection(score_T: Tensor, is_noisy_T: Tensor | None) -> dict[str, float] | None:
@@ -153,6 +155,7 @@ class Scorer:
             is_ranking = estimator.name == ranking.estimator
             if isinstance(estimator, Baseline):
                 score_T = self._score_baseline(estimator)
+                self._keep_probed(scored, score_T)
                 scored.configurations.append(self._configuration(score_T, estimator))
                 if is_ranking:
                     scored.group_scores[ALL] = score_T
@@ -172,6 +175,7 @@ class Scorer:
             for group, name, correct_only in itertools.product(groups, names, choices):
                 tick(1.0)
                 score_T = self._facts.spread(scores.get(group, name, correct_only=correct_only))
+                self._keep_probed(scored, score_T)
                 scored.configurations.append(
                     self._configuration(score_T, estimator, group, name, correct_only=correct_only)
                 )
@@ -333,6 +337,11 @@ class Scorer:
             confidence_T=self._confidence_T,
         )
         return self._facts.put_first(estimator.score(facts))
+
+    def _keep_probed(self, scored: Scored, score_T: Tensor) -> None:
+        """Keep the scores of a probed set: it is small, and they are compared with one another."""
+        if self._probed is not None:
+            scored.probed_scores.append(score_T[self._facts.finite_F])
 
     def _detection(self, score_T: Tensor) -> dict[str, float] | None:
         if self._probed is None:
