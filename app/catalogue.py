@@ -19,8 +19,13 @@ Need = Literal[
     "word_embeddings",
     "hidden_states",
     "classes",
+    "features",
 ]
 Task = Literal["classification", "causal_lm"]
+Auto = Literal["auto"]
+Consensus = Literal["consensus"]
+AUTO: Auto = "auto"
+CONSENSUS: Consensus = "consensus"
 
 
 class EstimatorName(StrEnum):
@@ -41,6 +46,7 @@ class EstimatorName(StrEnum):
     REPSIM = "repsim"
     SELF_INFLUENCE = "self_influence"
     LOSS = "loss"
+    CONFIDENCE = "confidence"
     RANDOM = "random"
     ORACLE = "oracle"
 
@@ -98,7 +104,7 @@ class Estimator(BaseModel):
     needs: list[Need] = Field(
         description="What the audit must have: a validation set, known_noise (a noise column or "
         "plant_noise), checkpoints (two or more), classes; and what the service works out for it: "
-        "curvature, word_embeddings, hidden_states."
+        "curvature, word_embeddings, hidden_states, features."
     )
     has_layers: bool = Field(description="Whether it has a value for every layer.")
     tasks: list[Task] = Field(description="The tasks that it works for.")
@@ -239,6 +245,12 @@ ESTIMATORS: dict[str, Estimator] = {
         _estimator(EstimatorName.REPSIM, "validation", "hidden_states"),
         _estimator(EstimatorName.SELF_INFLUENCE, kind="sample"),
         _estimator(EstimatorName.LOSS, kind="baseline", cost_class="free"),
+        _estimator(
+            EstimatorName.CONFIDENCE,
+            *("validation", "classes", "features"),
+            kind="baseline",
+            cost_class="free",
+        ),
         _estimator(EstimatorName.RANDOM, kind="baseline", cost_class="free"),
         _estimator(EstimatorName.ORACLE, "known_noise", kind="baseline", cost_class="free"),
     )

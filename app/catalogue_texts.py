@@ -95,6 +95,12 @@ ESTIMATOR_TEXTS: dict[str, Text] = {
         "The plain loss at the checkpoint. Use it as the baseline that influence must beat: with "
         "random wrong labels and a good encoder it is hard to beat.",
     ),
+    "confidence": Text(
+        "P(y_i | x_i) of a model that has not seen x_i",
+        "A logistic regression on the fine-tuned model's last hidden states, fitted anew for every "
+        "fifth of the training set, in the manner of Confident Learning. Use it beside influence "
+        "on classifiers: it is hard to beat on random flips, and says nothing of why.",
+    ),
     "random": Text(
         "a seeded draw",
         "Chance. Use it as the floor of every comparison.",

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from app.audits.schemas import RankingSpecification
+from app.audits.schemas import Configuration
 from app.catalogue import AggregationName
 from workers.influence.estimators import ESTIMATORS
 from workers.pipeline.artifacts import Artifacts, write_tensors
@@ -110,9 +110,7 @@ def rank(
         validation=ValidationChoice(every, torch.arange(num_validation) % 5 > 0, every.long()),
         is_noisy_T=train.is_noisy_T,
     )
-    ranking = RankingSpecification(
-        estimator=ESTIMATOR, aggregation=aggregation, correct_only=correct_only
-    )
+    ranking = Configuration(estimator=ESTIMATOR, aggregation=aggregation, correct_only=correct_only)
     estimator = ESTIMATORS[ESTIMATOR]
     scored = scorer.score_all([estimator], aggregations=[], ranking=ranking)
     scored_at = time.perf_counter()

@@ -40,7 +40,8 @@ GROUPS = {"all": ["layer.0.query", "head"], "00": ["layer.0.query"], "CL": ["hea
 CSV_TABLE = "text,label\ngood film,pos\nbad film,neg\nfine,pos\n"
 CAUSAL_LM_REQUEST: dict[str, Any] = {"task": "causal_lm", "validation": None} | {
     "estimators": ["self_influence"],
-    "ranking": {"estimator": "self_influence"},
+    "ranking": {"estimator": "self_influence", "layers": "all", "aggregation": "mean"},
+    "flag": {"fraction": 0.1},
 }
 
 
@@ -56,8 +57,11 @@ def request_body(**changes: Any) -> dict[str, Any]:
 
 
 def stored_request(**changes: Any) -> dict[str, Any]:
-    """Return a request as the database has it."""
-    return AuditRequest.model_validate(request_body(**changes)).stored()
+    """Return a request as the database has it; what ranks is fixed where not said."""
+    fixed = {"estimator": "grad_cosine", "layers": "all", "aggregation": "rank"}
+    body = request_body(**{"flag": {"fraction": 0.1}, **changes})
+    ranking = {"ranking": {**fixed, **changes.get("ranking", {})}}
+    return AuditRequest.model_validate(body | ranking).stored()
 
 
 def make_audit(engine: Engine, *, tenant: str = TENANT, **request_changes: Any) -> Audit:
@@ -239,6 +243,7 @@ def make_finished_audit(
             )
         }
         finish(audit, AuditState.SUCCEEDED)
+        session.execute(update(WorkUnit).values(state="done").where(WorkUnit.audit_id == audit.id))
     return audit
 
 

@@ -130,6 +130,42 @@ class Verification(BaseModel):
     warnings: list[str]
 
 
+class ChosenConfiguration(BaseModel):
+    """A configuration, and how well it finds the planted probes."""
+
+    estimator: str
+    layers: str
+    aggregation: str
+    correct_only: bool
+    vote_fraction: float
+    trim_fraction: float
+    common_share: float
+    weight: float | None = Field(None, description="Of its ranks in a consensus.")
+    auc_ndr: float = Field(description="Of the probes: 1.0 puts all of them first.")
+
+
+class Choice(BaseModel):
+    """What auto or consensus chose by planted probes, and why."""
+
+    num_probes: int = Field(description="Copies of training samples with wrong targets.")
+    num_samples: int = Field(description="Samples that they were ranked among, with them.")
+    chance: float = Field(description="The AUC-NDR of a random ranking.")
+    works: bool = Field(description="Whether the best configuration is better than chance.")
+    members: list[ChosenConfiguration] = Field(
+        description="What ranks: one configuration, or the members of the consensus."
+    )
+    configurations: list[ChosenConfiguration] = Field(description="The best by the probes.")
+
+
+class NoiseEstimate(BaseModel):
+    """How much of the training set seems to be wrong."""
+
+    share: float = Field(description="From 0 to 1.")
+    low: float
+    high: float
+    confidence: float = Field(description="Of the interval from low to high.")
+
+
 class AuditResults(BaseModel):
     """What a finished audit found."""
 
@@ -150,6 +186,10 @@ class AuditResults(BaseModel):
     )
     num_non_finite_validation: int | None = Field(
         None, description="Validation samples whose loss or gradient is not finite: left out."
+    )
+    choice: Choice | None = Field(None, description="None where the request left nothing open.")
+    noise: NoiseEstimate | None = Field(
+        None, description="None where it cannot be told: without classes and without probes."
     )
     cancellation: dict[str, Cancellation] | None = Field(None, description="By layer group.")
     projection: ProjectionReport | None = Field(
@@ -217,6 +257,8 @@ class RankingResults(BaseModel):
 
     num_flagged: int
     detection: Detection | None = Field(description="Needs known noise.")
+    choice: Choice | None = Field(None, description="None where the request left nothing open.")
+    noise: NoiseEstimate | None = Field(None, description="None where it cannot be told.")
     files: dict[FileFormat, ResultFile]
     warnings: list[str]
     score_order: str = ScoreOrder
@@ -268,6 +310,13 @@ class Suspect(BaseModel):
     loss: float
     score: float
     flagged: bool
+    noise_probability: float | None = Field(
+        None, description="That the sample is wrong, by its place in this ranking."
+    )
+    suggested_label: str | None = Field(
+        None, description="The most probable label; the given one where that is."
+    )
+    suggested_probability: float | None = Field(None, description="Of the suggested label.")
     is_noisy: bool | None = Field(description="Known noise, where it is known.")
     non_finite: bool = Field(
         False, description="The loss or gradient is not finite, so influence says nothing of it."

@@ -220,6 +220,9 @@ def _suspect_fields(ranked: RankedSample, sample: TrainingSample) -> dict[str, A
         "loss": sample.loss,
         "score": ranked.score,
         "flagged": ranked.flagged,
+        "noise_probability": ranked.noise_probability,
+        "suggested_label": ranked.suggested_label,
+        "suggested_probability": ranked.suggested_probability,
         "is_noisy": sample.is_noisy,
         "non_finite": sample.non_finite,
     }

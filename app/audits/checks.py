@@ -6,9 +6,9 @@ from pathlib import Path
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from app.audits.fitting import Path as FieldPath
 from app.audits.fitting import named_estimators
 from app.audits.model_folders import gguf_files, has_chat_template
+from app.audits.ranking_fitting import Path as FieldPath
 from app.audits.schemas import AuditRequest, DatasetSource, Task
 from app.audits.verification_schemas import ArmName
 from app.catalogue import ESTIMATORS

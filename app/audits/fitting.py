@@ -4,19 +4,17 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from app.audits.automatic import computed_estimators
+from app.audits.ranking_fitting import Path, check_ranking
 from app.audits.verification_schemas import ArmName, Configurations
-from app.catalogue import ESTIMATORS, EstimatorName
+from app.catalogue import AUTO, CONSENSUS, ESTIMATORS, EstimatorName
 from app.errors import FieldConflict
 
 if TYPE_CHECKING:
-    from app.audits.schemas import AuditRequest, RankingSpecification
+    from app.audits.schemas import AuditRequest, Configuration, RankingSpecification
 
 MAX_METADATA_KEYS = 50
 MIN_CHECKPOINTS = 2
-# Estimators that need one of these look at other modules than the word embeddings.
-_NEEDS_OTHER_MODULES = frozenset({"curvature", "classes", "checkpoints"})
-
-Path = tuple[str | int, ...]
 
 
 def check_fits_together(request: "AuditRequest") -> None:
@@ -31,6 +29,11 @@ def check_fits_together(request: "AuditRequest") -> None:
     _check_layer_groups(request)
     for path, ranking in named_rankings(request):
         check_ranking(request, ranking, at=path)
+    if request.ranking.estimator in {AUTO, CONSENSUS} and request.estimators == []:
+        raise FieldConflict(
+            "estimators",
+            message="there is nothing to choose among: name estimators, or leave them out",
+        )
     for path, name in named_estimators(request):
         _check_needs(request, path, name)
     _check_parameters(request)
@@ -40,44 +43,21 @@ def check_fits_together(request: "AuditRequest") -> None:
 
 def named_estimators(request: "AuditRequest") -> Iterator[tuple[Path, EstimatorName]]:
     """Yield every estimator that the request names, and where."""
-    for place, name in enumerate(request.estimators):
-        yield ("estimators", place), name
+    if request.estimators != AUTO:
+        for place, name in enumerate(request.estimators):
+            yield ("estimators", place), name
     for path, ranking in named_rankings(request):
-        yield (*path, "estimator"), ranking.estimator
+        if ranking.estimator not in {AUTO, CONSENSUS}:
+            yield (*path, "estimator"), EstimatorName(ranking.estimator)
 
 
-def named_rankings(request: "AuditRequest") -> Iterator[tuple[Path, "RankingSpecification"]]:
+def named_rankings(
+    request: "AuditRequest",
+) -> Iterator[tuple[Path, "RankingSpecification | Configuration"]]:
     """Yield the audit's own ranking and those that are verified beside it, and where."""
     yield ("ranking",), request.ranking
     for place, ranking in enumerate(request.verify.rankings if request.verify else ()):
         yield ("verify", "rankings", place), ranking
-
-
-def computed_estimators(request: "AuditRequest") -> list[EstimatorName]:
-    """Return the estimators that an audit computes: the asked ones and the baselines."""
-    asked = [name for _, name in named_estimators(request)]
-    asked += [EstimatorName.LOSS, EstimatorName.RANDOM]
-    if request.plant_noise or (request.train.columns and request.train.columns.noise):
-        asked.append(EstimatorName.ORACLE)
-    return list(dict.fromkeys(asked))
-
-
-def check_later_ranking(request: "AuditRequest", ranking: "RankingSpecification") -> None:
-    """Check a ranking that is asked when the audit has ended against what the audit computed.
-
-    Raises:
-        FieldConflict: the field to change, and how.
-    """
-    # the lengths of all gradients are kept with every audit
-    there_are = dict.fromkeys([*computed_estimators(request), EstimatorName.SELF_INFLUENCE])
-    if ranking.estimator not in there_are:
-        raise FieldConflict(
-            "estimator",
-            message=f"the audit did not compute {ranking.estimator.value}; it has "
-            f"{', '.join(name.value for name in there_are)}. Choose one of them, or submit an "
-            "audit with this one among its estimators",
-        )
-    check_ranking(request, ranking)
 
 
 def _check_model(request: "AuditRequest") -> None:
@@ -140,8 +120,8 @@ def _check_columns(request: "AuditRequest") -> None:
 def _check_configurations(request: "AuditRequest", configurations: Configurations) -> None:
     """Check that the configurations to verify are among those that the audit computes."""
     aggregations = [*request.aggregations, request.ranking.aggregation]
-    lists: tuple[tuple[str, Sequence[StrEnum], Sequence[StrEnum]], ...] = (
-        ("estimators", configurations.estimators or (), computed_estimators(request)),
+    lists: tuple[tuple[str, Sequence[StrEnum], Sequence[str]], ...] = (
+        ("estimators", configurations.estimators or (), computed_estimators(request.stored())),
         ("aggregations", configurations.aggregations or (), aggregations),
     )
     for field, asked, there_are in lists:
@@ -156,7 +136,8 @@ def _check_configurations(request: "AuditRequest", configurations: Configuration
 
 def _check_layer_groups(request: "AuditRequest") -> None:
     """Check the layers that the table is asked for, as far as no model is needed."""
-    needs = {need for name in request.estimators for need in ESTIMATORS[name].needs}
+    names = [name for _, name in named_estimators(request)]
+    needs = {need for name in names for need in ESTIMATORS[name].needs}
     looks_at_words = request.model.word_embeddings or "word_embeddings" in needs
     seen: set[str] = set()
     for place, layers in enumerate(request.layer_groups or ()):
@@ -213,68 +194,8 @@ def _check_verification(request: "AuditRequest") -> None:
         )
 
 
-def check_ranking(
-    request: "AuditRequest", ranking: "RankingSpecification", *, at: Path = ()
-) -> None:
-    """Check that a ranking's layers fit its estimator, and the audit that it is of.
-
-    Args:
-        request: the audit's.
-        ranking: its own or a later one.
-        at: where the ranking stands in the body that is checked.
-
-    Raises:
-        FieldConflict: the field to change, and how.
-    """
-    estimator = ESTIMATORS[ranking.estimator]
-    parts = ranking.layers.split(",")
-    the_estimator = f"{'.'.join(map(str, (*at, 'estimator')))} {ranking.estimator.value}"
-    the_layers = ".".join(map(str, (*at, "layers")))
-
-    def conflict(message: str) -> FieldConflict:
-        return FieldConflict(*at, "layers", message=message)
-
-    for part in parts:
-        first, _, last = part.partition("-")
-        if last and int(last) < int(first):
-            raise conflict(f"the layers {part} end before they begin; write {last}-{first}")
-    if not estimator.has_layers and ranking.layers != "all":
-        raise conflict(f"{the_estimator} has no layers; set {the_layers} to all")
-    if "word_embeddings" in estimator.needs and ranking.layers != "WE":
-        raise conflict(
-            f"{the_estimator} looks at the word embeddings alone; set {the_layers} to WE"
-        )
-    elsewhere = [part for part in parts if part in {"CL", "WE"}]
-    if "hidden_states" in estimator.needs and elsewhere:
-        raise conflict(
-            f"{the_estimator} compares what the transformer blocks put out, and has no layers "
-            f"{' and '.join(elsewhere)}; set {the_layers} to all, to a block (04) or to a range "
-            "of blocks (02-03)"
-        )
-    if "WE" not in parts or "word_embeddings" in estimator.needs:
-        return
-    if not _NEEDS_OTHER_MODULES.isdisjoint(estimator.needs):
-        raise conflict(
-            f"{the_estimator} does not look at the word embeddings; leave WE out of {the_layers}, "
-            "or rank by grad_dot, grad_cosine or tracin_we"
-        )
-    if not request.model.word_embeddings:
-        where = "" if at else " in another audit"
-        raise conflict(
-            "the gradients of the word embeddings are not taken; set model.word_embeddings to true"
-            f"{where}, or leave WE out of {the_layers}"
-        )
-
-
 def _check_needs(request: "AuditRequest", path: Path, name: EstimatorName) -> None:
     needs = ESTIMATORS[name].needs
-    if "validation" in needs and request.validation is None:
-        raise FieldConflict(
-            "validation",
-            message=f"the estimator {name.value} ({'.'.join(map(str, path))}) needs a validation "
-            "set: name one here, or ask for estimators that do without (self_influence, loss, "
-            "random)",
-        )
     if "checkpoints" in needs and not _has_checkpoints(request):
         raise FieldConflict(
             *path,

@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 
 # What further rankings are made from; results stay for as long as the audit.
-INFLUENCE_FOLDERS = ("influence", "facts", "validation", "prepared", "scratch")
+INFLUENCE_FOLDERS = ("influence", "facts", "probes", "validation", "prepared", "scratch")
 
 
 def audit_folder(data_dir: Path, audit_id: str) -> Path:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     func,
     text,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db import Base
@@ -129,7 +130,7 @@ class Ranking(Base):
     tenant: Mapped[str]
     is_own: Mapped[bool] = mapped_column(default=False)
     specification: Mapped[dict[str, Any]]
-    flag: Mapped[dict[str, Any]]
+    flag: Mapped[Any] = mapped_column(JSONB)  # auto, or an object
     state: Mapped[str] = mapped_column(default=RankingState.QUEUED)
     version: Mapped[int] = mapped_column(BigInteger, default=1)
     progress: Mapped[float] = mapped_column(REAL, default=0.0)
@@ -208,6 +209,9 @@ class RankedSample(Base):
     given_label: Mapped[str | None]
     score: Mapped[float] = mapped_column(REAL)
     flagged: Mapped[bool]
+    noise_probability: Mapped[float | None] = mapped_column(REAL)
+    suggested_label: Mapped[str | None]
+    suggested_probability: Mapped[float | None] = mapped_column(REAL)
     group_scores: Mapped[list[float]] = mapped_column(ARRAY(REAL))
     group_ranks: Mapped[list[int]] = mapped_column(ARRAY(Integer))
     harmed_validation: Mapped[list[int]] = mapped_column(ARRAY(Integer))

@@ -11,10 +11,10 @@ from sqlalchemy.orm import Session
 
 from app.audits import repository
 from app.audits.assemble import influence_until
-from app.audits.fitting import check_later_ranking
 from app.audits.folders import audit_folder
 from app.audits.idempotency import KeyedCall
 from app.audits.models import Audit, AuditState, Ranking, RankingState
+from app.audits.ranking_fitting import check_later_ranking
 from app.audits.schemas import AuditRequest, RankingRequest
 from app.audits.service import Results, existing, no_results
 from app.db import new_id, transaction
@@ -84,7 +84,7 @@ def submit(
             audit_id=audit.id,
             tenant=tenant,
             specification=request.specification().model_dump(mode="json"),
-            flag=(request.flag or of_audit.flag).model_dump(mode="json"),
+            flag=request.model_dump(mode="json")["flag"] or of_audit.stored()["flag"],
             folder=Ranking.folder_of(ranking_id),
         )
         if call is not None:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from app.audits.fitting import check_fits_together
 from app.audits.verification_schemas import Verify
-from app.catalogue import AggregationName, EstimatorName
+from app.catalogue import AUTO, AggregationName, Auto, Consensus, EstimatorName
 from app.datasets.files import ColumnNames
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
@@ -131,17 +131,41 @@ class PlantNoise(Strict):
     seed: int = Field(0, ge=0, lt=2**31)
 
 
+class Probes(Strict):
+    """Copies of training samples with wrong targets, by which `auto` chooses and measures.
+
+    Their gradients are taken at the same checkpoint. What ranks the copies low finds real noise.
+    """
+
+    fraction: float = Field(
+        0.2,
+        gt=0,
+        le=0.5,
+        description="How many, as a share of the training samples; at most 1,000.",
+    )
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
 class RankingSpecification(Strict):
     """Which influence makes the ranking."""
 
-    estimator: EstimatorName = EstimatorName.GRAD_COSINE
-    layers: Layers = Field(
-        "all",
+    estimator: EstimatorName | Auto | Consensus = Field(
+        AUTO,
+        description="An estimator; or auto: the configuration that finds the planted probes best; "
+        "or consensus: several of them and the loss, fused by rank.",
+    )
+    layers: str = Field(
+        AUTO,
+        max_length=1000,
+        pattern=rf"^(auto|{_LAYERS}(,{_LAYERS})*)$",
         description="Which layers count: all, CL (the head), WE (the word embeddings), a block "
         "(04), a range of blocks (02-03), or several of these with commas (02-03,05,CL). "
-        "GET /v1/audits/{id}/layers lists the groups of a model.",
+        "GET /v1/audits/{id}/layers lists the groups of a model. auto: the group that finds the "
+        "planted probes best.",
     )
-    aggregation: AggregationName = AggregationName.RANK
+    aggregation: AggregationName | Auto = Field(
+        AUTO, description="auto: which of mean, rank and vote finds the planted probes best."
+    )
     vote_fraction: float = Field(
         0.3, gt=0, le=1, description="For vote: the share of the training set that gets votes."
     )
@@ -154,11 +178,26 @@ class RankingSpecification(Strict):
         le=1,
         description="For common_set: the share of the columns that must have listed a sample.",
     )
-    correct_only: bool = Field(
-        False,
+    correct_only: bool | None = Field(
+        None,
         description="Use only validation samples that the model predicts correctly; for a causal "
-        "language model the half with the lower loss.",
+        "language model the half with the lower loss. Left out: false, or with aggregation auto "
+        "whatever finds the planted probes better.",
     )
+
+
+class Configuration(RankingSpecification):
+    """One way to rank: an estimator on some layers with an aggregation, nothing left open."""
+
+    estimator: EstimatorName = EstimatorName.GRAD_COSINE
+    layers: str = Field(
+        "all",
+        max_length=1000,
+        pattern=rf"^{_LAYERS}(,{_LAYERS})*$",
+        description="As in the audit's ranking, but for auto.",
+    )
+    aggregation: AggregationName = AggregationName.RANK
+    correct_only: bool = Field(False, description="As in the audit's ranking.")
 
 
 class Flag(Strict):
@@ -183,7 +222,7 @@ class Flag(Strict):
 class RankingRequest(RankingSpecification):
     """Another ranking of an audit that has ended, from the influence that it computed."""
 
-    flag: Flag | None = Field(
+    flag: Flag | Auto | None = Field(
         None, description="Which of the lowest-scored samples are flagged. Default: as the audit."
     )
 
@@ -192,7 +231,7 @@ class RankingRequest(RankingSpecification):
         return RankingSpecification.model_validate(self.model_dump(exclude={"flag"}))
 
 
-Verify.model_rebuild()  # it names RankingSpecification
+Verify.model_rebuild()  # it names Configuration
 
 
 class AuditRequest(Strict):
@@ -220,11 +259,11 @@ class AuditRequest(Strict):
     plant_noise: PlantNoise | None = Field(
         None, description="Flip some training labels first, to measure the detection."
     )
-    estimators: list[EstimatorName] = Field(
-        default_factory=lambda: [EstimatorName.GRAD_COSINE],
-        max_length=len(EstimatorName),
+    estimators: list[EstimatorName] | Auto = Field(
+        AUTO,
         description="Estimators to compute and compare. The ranking's own, the loss and random "
-        "are always among them.",
+        "are always among them. auto: the ranking's own; where that is auto or consensus, those "
+        "that found noise best in our measurements and cost little together.",
     )
     estimator_parameters: dict[EstimatorName, dict[str, float]] = Field(
         default_factory=dict,
@@ -248,9 +287,14 @@ class AuditRequest(Strict):
         "always among them. Default: every layer group of the model.",
     )
     ranking: RankingSpecification = Field(default_factory=RankingSpecification)
-    flag: Flag = Field(
-        default_factory=lambda: Flag(fraction=0.1, count=None),
-        description="Which of the lowest-scored samples are flagged. Default: a tenth.",
+    probes: Probes = Field(
+        default_factory=Probes,
+        description="The planted probes, where the ranking or the flag says auto or consensus.",
+    )
+    flag: Flag | Auto = Field(
+        AUTO,
+        description="Which of the lowest-scored samples are flagged. auto: as many as seem to be "
+        "wrong, by the scores of the planted probes and of the validation set.",
     )
     verify: Verify | None = Field(
         None,
@@ -282,9 +326,7 @@ class AuditRequest(Strict):
                     "train": {"reference": "upload:ds_0192f0c1a1b27c3d8e4f5a6b7c8d9e0f"},
                     "validation": {"reference": "upload:ds_0192f0c1a1b27c3d8e4f5a6b7c8d9e10"},
                     "fine_tune": {"epochs": 3},
-                    "estimators": ["grad_dot", "grad_cosine", "datainf"],
-                    "ranking": {"estimator": "datainf", "aggregation": "vote"},
-                    "flag": {"fraction": 0.2},
+                    "ranking": {"estimator": "consensus"},
                 }
             ]
         },

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from app.audits.automatic import computed_estimators
 from app.catalogue import AggregationName, EstimatorName
 from app.errors import FieldConflict
 
 if TYPE_CHECKING:
-    from app.audits.schemas import RankingSpecification
+    from app.audits.schemas import Configuration
 
 MAX_RANKINGS = 500
 MAX_SEEDS = 20
@@ -93,7 +94,7 @@ class Verify(BaseModel):
         "samples; random: without as many random ones; oracle: without exactly the known noise. "
         "Default: all that fit the audit; oracle where noise is known or planted.",
     )
-    rankings: list["RankingSpecification"] = Field(
+    rankings: list["Configuration"] = Field(
         default_factory=list,
         max_length=MAX_RANKINGS,
         description="Further rankings to filter by, each an arm of its own.",
@@ -150,7 +151,7 @@ def distinct(values: list[Any] | None) -> list[Any] | None:
     return values
 
 
-def ranking_name(ranking: "RankingSpecification") -> str:
+def ranking_name(ranking: "Configuration") -> str:
     """Return the name of a ranking's arm: what makes its order, and nothing else."""
     estimator, aggregation = ranking.estimator.value, ranking.aggregation.value
     parts = [estimator, ranking.layers, aggregation]
@@ -174,7 +175,7 @@ def num_trainings(request: Mapping[str, Any]) -> int:
     if configurations := verify.get("configurations"):
         groups = request.get("layer_groups")
         num_arms += (
-            len(configurations["estimators"] or request["estimators"])
+            len(configurations["estimators"] or computed_estimators(request))
             * len(configurations["aggregations"] or request["aggregations"])
             * (len(groups) if groups else _USUAL_GROUPS)
             * len(configurations["correct_only"])

@@ -26,6 +26,7 @@ class Stage(StrEnum):
     FINE_TUNE = "fine_tune"
     VALIDATION = "validation"
     GRADIENTS = "gradients"
+    PROBES = "probes"
     CHECKPOINTS = "checkpoints"
     CURVATURE = "curvature"
     INFLUENCE = "influence"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from app.audits.automatic import computed_estimators, needs_probes
 from app.audits.models import AuditState
 from app.audits.verification_schemas import num_trainings
 from app.catalogue import ESTIMATORS
@@ -13,6 +14,7 @@ STATE_OF_STAGE = {
     Stage.FINE_TUNE: AuditState.FINE_TUNING,
     Stage.VALIDATION: AuditState.COMPUTING,
     Stage.GRADIENTS: AuditState.COMPUTING,
+    Stage.PROBES: AuditState.COMPUTING,
     Stage.CHECKPOINTS: AuditState.COMPUTING,
     Stage.CURVATURE: AuditState.COMPUTING,
     Stage.INFLUENCE: AuditState.COMPUTING,
@@ -28,6 +30,7 @@ _WEIGHT = {
     Stage.FINE_TUNE: 1.0,
     Stage.VALIDATION: 0.15,
     Stage.GRADIENTS: 0.9,
+    Stage.PROBES: 0.1,
     Stage.CHECKPOINTS: 0.9,
     Stage.CURVATURE: 0.1,
     Stage.INFLUENCE: 0.1,
@@ -40,12 +43,13 @@ _WEIGHT = {
 def stages_of(request: Mapping[str, Any]) -> list[Stage]:
     """Return the stages that a stored request goes through, in their order."""
     verify = request.get("verify")
-    rankings = [request["ranking"], *(verify["rankings"] if verify else ())]
-    names = {*request["estimators"], *(ranking["estimator"] for ranking in rankings)}
+    names = computed_estimators(request)
     needs = {need for name in names for need in ESTIMATORS[name].needs}
     skipped = {Stage.RANK}
     if not request.get("fine_tune"):
         skipped.add(Stage.FINE_TUNE)
+    if not needs_probes(request):
+        skipped.add(Stage.PROBES)
     if "checkpoints" not in needs:
         skipped.add(Stage.CHECKPOINTS)
     if "curvature" not in needs:
@@ -57,17 +61,17 @@ def stages_of(request: Mapping[str, Any]) -> list[Stage]:
 
 def num_units(stage: Stage, provenance: Mapping[str, Any]) -> int:
     """Return how many units a stage is cut into, as planned when computing began."""
-    match stage:
-        case Stage.GRADIENTS | Stage.INFLUENCE:
-            return int(provenance["num_shards"])
-        case Stage.CHECKPOINTS:
-            return int(provenance["num_checkpoints"] * provenance["num_shards"])
-        case Stage.CURVATURE:
-            return int(provenance["num_module_blocks"])
-        case Stage.VERIFY:
-            return int(provenance["num_trainings"])
-        case _:
-            return 1
+    shards = int(provenance.get("num_shards", 0))
+    probes = int(provenance.get("num_probe_shards", 0))
+    planned = {
+        Stage.GRADIENTS: shards,
+        Stage.PROBES: probes,
+        Stage.CHECKPOINTS: shards * int(provenance.get("num_checkpoints", 0)),
+        Stage.CURVATURE: int(provenance.get("num_module_blocks", 0)),
+        Stage.INFLUENCE: shards + probes,
+        Stage.VERIFY: int(provenance.get("num_trainings", 0)),
+    }
+    return planned.get(stage, 1)
 
 
 def next_stage(request: Mapping[str, Any], stage: Stage) -> Stage | None:

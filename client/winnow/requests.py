@@ -1,6 +1,6 @@
 """What the service is asked, typed. What is left out is the service's default."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -90,8 +90,27 @@ class PlantNoise(Request):
     seed: int | None = None
 
 
+class Probes(Request):
+    """Copies of training samples with wrong targets, by which auto chooses and measures."""
+
+    fraction: float | None = None
+    seed: int | None = None
+
+
+class Configuration(Request):
+    """One way to rank: an estimator on some layers with an aggregation; nothing is auto."""
+
+    estimator: str | None = None
+    layers: str | None = None
+    aggregation: str | None = None
+    vote_fraction: float | None = None
+    trim_fraction: float | None = None
+    common_share: float | None = None
+    correct_only: bool | None = None
+
+
 class RankingSpecification(Request):
-    """Which influence makes the ranking."""
+    """Which influence makes the ranking; estimator, layers and aggregation may be auto."""
 
     estimator: str | None = None
     layers: str | None = None
@@ -115,7 +134,7 @@ class RankingRequest(RankingSpecification):
     The audit's own `flag` holds when none is given here.
     """
 
-    flag: Flag | None = None
+    flag: Flag | Literal["auto"] | None = None
 
 
 class Configurations(Request):
@@ -136,7 +155,7 @@ class Verify(Request):
     fraction: float | None = None
     seeds: list[int] | None = None
     arms: list[str] | None = None
-    rankings: list[RankingSpecification] | None = None
+    rankings: list[Configuration] | None = None
     configurations: Configurations | None = None
     confidence: float | None = None
 
@@ -144,8 +163,8 @@ class Verify(Request):
 class AuditRequest(Request):
     """Everything that decides an audit; README.md explains every option.
 
-    `task` is classification or causal_lm; only self_influence and the baselines do without a
-    validation set.
+    `task` is classification or causal_lm; without a validation set a part of the training set
+    stands in for it.
     """
 
     task: str | None = None
@@ -155,12 +174,13 @@ class AuditRequest(Request):
     test: DatasetSource | None = None
     fine_tune: FineTune | None = None
     plant_noise: PlantNoise | None = None
-    estimators: list[str] | None = None
+    estimators: list[str] | Literal["auto"] | None = None
     estimator_parameters: dict[str, dict[str, float]] | None = None
     aggregations: list[str] | None = None
     layer_groups: list[str] | None = None
     ranking: RankingSpecification | None = None
-    flag: Flag | None = None
+    probes: Probes | None = None
+    flag: Flag | Literal["auto"] | None = None
     verify: Verify | None = None
     max_tokens: int | None = None
     precision: str | None = None

@@ -130,6 +130,40 @@ class Verification(Result):
     warnings: list[str]
 
 
+class ChosenConfiguration(Result):
+    """A configuration, and how well it finds the planted probes; its weight in a consensus."""
+
+    estimator: str
+    layers: str
+    aggregation: str
+    correct_only: bool
+    vote_fraction: float
+    trim_fraction: float
+    common_share: float
+    weight: float | None = None
+    auc_ndr: float
+
+
+class Choice(Result):
+    """What auto or consensus chose by planted probes, and why; `works`: better than chance."""
+
+    num_probes: int
+    num_samples: int
+    chance: float
+    works: bool
+    members: list[ChosenConfiguration]
+    configurations: list[ChosenConfiguration]
+
+
+class NoiseEstimate(Result):
+    """How much of the training set seems to be wrong, from 0 to 1, with an interval."""
+
+    share: float
+    low: float
+    high: float
+    confidence: float
+
+
 class AuditResults(Result):
     """What a finished audit found.
 
@@ -146,6 +180,8 @@ class AuditResults(Result):
     detection: Detection | None
     num_non_finite: int | None = None
     num_non_finite_validation: int | None = None
+    choice: Choice | None = None
+    noise: NoiseEstimate | None = None
     cancellation: dict[str, Cancellation] | None = None
     projection: ProjectionReport | None = None
     preflight: dict[str, Any] | None = None
@@ -200,6 +236,8 @@ class RankingResults(Result):
 
     num_flagged: int
     detection: Detection | None
+    choice: Choice | None = None
+    noise: NoiseEstimate | None = None
     files: dict[FileFormat, ResultFile]
     warnings: list[str]
     score_order: str
@@ -253,6 +291,9 @@ class Suspect(Result):
     loss: float
     score: float
     flagged: bool
+    noise_probability: float | None = None
+    suggested_label: str | None = None
+    suggested_probability: float | None = None
     is_noisy: bool | None
     non_finite: bool = False
 

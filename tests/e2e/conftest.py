@@ -210,7 +210,7 @@ def request_body(service: Service, reviews: Reviews) -> dict[str, Any]:
         "fine_tune": {"epochs": 1, "learning_rate": 1e-3},
         "plant_noise": {"fraction": 0.2},
         "estimators": ["grad_dot", "grad_cosine", "datainf", "self_influence"],
-        "ranking": {"estimator": "datainf", "aggregation": "rank"},
+        "ranking": {"estimator": "datainf", "layers": "all", "aggregation": "rank"},
         "flag": {"fraction": 0.2},
         "max_tokens": 64,
     }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.audits.schemas import RankingSpecification
+from app.audits.schemas import Configuration
 from workers.influence.estimators import ESTIMATORS
 from workers.pipeline.artifacts import Artifacts, write_tensors
 from workers.pipeline.layout import ModelLayout
@@ -109,9 +109,7 @@ class ScoreFiles:
 
     def scores(self, estimator: str, aggregation: str, **ranking: Any) -> dict[str, Tensor]:
         """Return score_T by layer group."""
-        specification = RankingSpecification(
-            estimator=estimator, aggregation=aggregation, **ranking
-        )
+        specification = Configuration(estimator=estimator, aggregation=aggregation, **ranking)
         scored = self.scorer().score_all(
             [ESTIMATORS[estimator]], aggregations=[], ranking=specification
         )

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.pipeline.score_files import LAYOUT
-from workers.pipeline.aggregate import choose_validation, measure_accuracy, name_groups
+from workers.pipeline.aggregate import measure_accuracy
 from workers.pipeline.artifacts import Artifacts, read_tensors, write_tensors
 from workers.pipeline.cancelling import describe_cancellation
+from workers.pipeline.findings import choose_validation
 from workers.pipeline.layout import ModelLayout
+from workers.pipeline.ranking import name_groups
 from workers.pipeline.training_facts import TrainingFacts
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from app.audits.schemas import RankingSpecification
+from app.audits.schemas import Configuration
 from tests.influence import aggregation_oracles
 from tests.pipeline.score_files import LAYOUT, NUM_TRAIN, NUM_VALIDATION, ScoreFiles
 from workers.influence.aggregation import AGGREGATIONS
@@ -112,7 +112,7 @@ def test_the_table_has_every_configuration(tmp_path: Path) -> None:
     scored = files.scorer().score_all(
         [ESTIMATORS[name] for name in names],
         aggregations=["mean", "median"],
-        ranking=RankingSpecification(estimator="grad_dot", aggregation="vote", layers="00,WE"),
+        ranking=Configuration(estimator="grad_dot", aggregation="vote", layers="00,WE"),
     )
     found = {
         (item["estimator"], item["layer_group"], item["aggregation"], item["correct_only"])
@@ -139,7 +139,7 @@ def test_the_table_has_every_configuration(tmp_path: Path) -> None:
 def test_configurations_have_the_detection_of_their_own_scores(tmp_path: Path) -> None:
     """Asked together or one by one."""
     files = ScoreFiles(tmp_path, non_finite=[3])
-    ranking = RankingSpecification(estimator="grad_dot")
+    ranking = Configuration(estimator="grad_dot")
     together = files.scorer().score_all(
         [ESTIMATORS["grad_dot"]], aggregations=list(AGGREGATIONS), ranking=ranking
     )
@@ -147,7 +147,7 @@ def test_configurations_have_the_detection_of_their_own_scores(tmp_path: Path) -
         alone = files.scorer().score_all(
             [ESTIMATORS["grad_dot"]],
             aggregations=[],
-            ranking=RankingSpecification(estimator="grad_dot", aggregation=name),
+            ranking=Configuration(estimator="grad_dot", aggregation=name),
         )
         assert alone.configurations == [
             item for item in together.configurations if item["aggregation"] == name
@@ -188,7 +188,7 @@ def test_correct_only_that_would_leave_nothing_is_told(tmp_path: Path) -> None:
     scored = files.scorer().score_all(
         [ESTIMATORS["grad_dot"]],
         aggregations=[],
-        ranking=RankingSpecification(estimator="grad_dot", correct_only=True),
+        ranking=Configuration(estimator="grad_dot", correct_only=True),
     )
     assert "no validation sample correctly" in scored.warnings[0]
     fair = files.scores("grad_dot", "rank", correct_only=False)
@@ -259,7 +259,7 @@ class TestScratch:
             files.scorer(tick=stop).score_all(
                 [ESTIMATORS["grad_dot"]],
                 aggregations=["common_set"],
-                ranking=RankingSpecification(estimator="grad_dot"),
+                ranking=Configuration(estimator="grad_dot"),
             )
         assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
 

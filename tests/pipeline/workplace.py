@@ -63,7 +63,7 @@ class Workplace:
         source: dict[str, Any] | None = None,
         **request: Any,
     ) -> str:
-        """Store an audit as the API does and return its id.
+        """Store an audit as the API does and return its id; what ranks is fixed where not said.
 
         `source` is what else the request says of the model.
         """
@@ -73,8 +73,15 @@ class Workplace:
             "target_modules": target_modules,
             **(source or {}),
         }
+        fixed = {"estimator": "grad_cosine", "layers": "all", "aggregation": "rank"}
         body = AuditRequest.model_validate(
-            {"flag": {"fraction": 0.2}, "max_tokens": 64, **request, "model": source}
+            {
+                "flag": {"fraction": 0.2},
+                "max_tokens": 64,
+                **request,
+                "ranking": {**fixed, **request.get("ranking", {})},
+                "model": source,
+            }
         )
         with transaction(self.engine) as session:
             audit = Audit(id=new_id("aud"), tenant=TENANT, request=body.stored())

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from app.audits.schemas import RankingSpecification
+from app.audits.schemas import Configuration
 from app.audits.verification_schemas import ArmName, Configurations, Verify, ranking_name
 from app.catalogue import ESTIMATORS, AggregationName, EstimatorName
 from workers.influence.aggregation import order_by_score
@@ -20,7 +20,6 @@ from workers.pipeline.artifacts import Artifacts, read_json, read_tensors, write
 from workers.pipeline.context import StageContext
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.scores import Scorer
-from workers.pipeline.suggestions import suggest_labels
 from workers.pipeline.training_facts import TrainingFacts
 
 _ARMS_ANYWAY = frozenset({EstimatorName.RANDOM, EstimatorName.ORACLE})
@@ -122,7 +121,9 @@ def plan_verification(
     scorer: Scorer,
     estimators: Sequence[Estimator],
     score_T: Tensor,
+    suggested_T: Tensor | None,
     table: Sequence[Mapping[str, Any]],
+    options: Configuration,
 ) -> Plan:
     """Decide what is trained, and write it down.
 
@@ -134,9 +135,11 @@ def plan_verification(
         scorer: scores the rankings.
         estimators: those of the audit, the rankings' own among them.
         score_T: of the audit's own ranking.
+        suggested_T: the classes that it suggests; None for those that the model predicts.
         table: the configurations that the audit computed.
+        options: the parameters of their aggregations.
     """
-    rankings = rankings_of(verify, table, options=context.request.ranking)
+    rankings = rankings_of(verify, table, options=options)
     orders = [order_by_score(scores_T) for scores_T in _scores(rankings, scorer, estimators)]
     arms: list[PlannedArm] = []
     data: dict[str, int] = {}
@@ -166,14 +169,17 @@ def plan_verification(
         )
 
     knows_noise = train.is_noisy_T is not None
+    order_T = order_by_score(score_T)
+    if suggested_T is None:
+        suggested_T = facts.predicted_T.to(train.label_T.dtype)
+    # of a sample that is not finite nothing is known
+    suggested_T = torch.where(facts.is_finite_T, suggested_T, train.label_T)
     for arm in verify.arms_of(task=context.request.task, knows_noise=knows_noise):
-        items = list(
-            _data_of(arm, verify, train=train, facts=facts, order_T=order_by_score(score_T))
-        )
+        items = list(_data_of(arm, verify, train=train, suggested_T=suggested_T, order_T=order_T))
         add(arm.value, items, None)
         context.hold.keep_alive()
-    for ranking, order_T in zip(rankings, orders, strict=True):
-        item = TrainingData(kept_without_lowest(order_T, verify.fraction))
+    for ranking, ranked_T in zip(rankings, orders, strict=True):
+        item = TrainingData(kept_without_lowest(ranked_T, verify.fraction))
         add(ranking_name(ranking), [item] * len(verify.seeds), ranking.model_dump(mode="json"))
         context.hold.keep_alive()
     plan = Plan(arms, list(trainings))
@@ -182,8 +188,8 @@ def plan_verification(
 
 
 def rankings_of(
-    verify: Verify, table: Sequence[Mapping[str, Any]], *, options: RankingSpecification
-) -> list[RankingSpecification]:
+    verify: Verify, table: Sequence[Mapping[str, Any]], *, options: Configuration
+) -> list[Configuration]:
     """Return what is filtered by beside the audit's own ranking, each order once.
 
     Args:
@@ -219,12 +225,12 @@ def _is_asked(configurations: Configurations, item: Mapping[str, Any]) -> bool:
 
 
 def _scores(
-    rankings: Sequence[RankingSpecification], scorer: Scorer, estimators: Sequence[Estimator]
+    rankings: Sequence[Configuration], scorer: Scorer, estimators: Sequence[Estimator]
 ) -> list[Tensor]:
     """Return score_T by every ranking, estimator by estimator, in the order they are named in."""
     by_place: dict[int, Tensor] = {}
     for estimator in estimators:
-        mine: dict[int, RankingSpecification] = {
+        mine: dict[int, Configuration] = {
             place: ranking
             for place, ranking in enumerate(rankings)
             if ranking.estimator == estimator.name
@@ -234,7 +240,7 @@ def _scores(
 
 
 def _data_of(
-    arm: ArmName, verify: Verify, *, train: SampleSet, facts: TrainingFacts, order_T: Tensor
+    arm: ArmName, verify: Verify, *, train: SampleSet, suggested_T: Tensor, order_T: Tensor
 ) -> Iterator[TrainingData]:
     """Yield an arm's training data for every seed."""
     everything_T = torch.ones(len(train), dtype=torch.bool)
@@ -252,7 +258,6 @@ def _data_of(
                 yield TrainingData(everything_T if noisy_T is None else ~noisy_T)
             case ArmName.RELABELLED:
                 is_high_T = kept_without_lowest(order_T, verify.fraction)
-                suggested_T = suggest_labels(facts, train.label_T)
                 label_T = torch.where(is_high_T, train.label_T, suggested_T)
                 is_same = torch.equal(label_T, train.label_T)
                 yield TrainingData(everything_T, None if is_same else label_T)

@@ -42,6 +42,7 @@ class Artifacts:
         self.train = self.root / "prepared" / "train.arrow"
         self.validation = self.root / "prepared" / "validation.arrow"
         self.test = self.root / "prepared" / "test.arrow"
+        self.held_out = self.root / "prepared" / "held_out.safetensors"
         self.prepared = self.root / "prepared" / "prepared.json"
         self.checkpoint = self.root / "fine_tune" / "checkpoint.safetensors"
         self.adapter = self.root / "fine_tune" / "adapter"
@@ -50,9 +51,18 @@ class Artifacts:
         self.hidden_states = self.root / "validation" / "hidden_states.safetensors"
         self.fitted = self.root / "validation" / "fitted.safetensors"
         self.modules = self.root / "validation" / "modules.json"
+        self.out_of_sample = self.root / "validation" / "out_of_sample.safetensors"
         self.plan = self.root / "verify" / "plan.json"
         self.kept_sets = self.root / "verify" / "kept.safetensors"
+        self.drawn_probes = self.root / "probes" / "drawn.safetensors"
         self._scratch = self.root / "scratch"
+        self._audit = (data_dir, audit_id)
+
+    @property
+    def probes(self) -> "Artifacts":
+        """The facts, the influence and the scratch of the probes, in a folder of their own."""
+        data_dir, audit_id = self._audit
+        return Artifacts(data_dir, f"{audit_id}/probes")
 
     def results(self, ranking_id: str) -> Path:
         """The files of one ranking."""
@@ -113,7 +123,8 @@ class Artifacts:
 
     def remove_scratch(self) -> None:
         """Remove what only the passes over the gradients needed."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        for scratch in (self._scratch, self.probes._scratch):  # noqa: SLF001 - ours
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

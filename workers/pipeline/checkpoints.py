@@ -29,9 +29,9 @@ def learning_rates(context: StageContext) -> list[float]:
 def compute_checkpoint(context: StageContext) -> StageOutput:
     """Write a shard's weighted dot products [M, V, T_shard] at one checkpoint."""
     artifacts = context.artifacts
-    checkpoint, shard = divmod(context.claim.position, context.provenance["num_shards"])
+    checkpoint, number = divmod(context.claim.position, context.provenance["num_shards"])
     estimator = TracIn()
-    target = artifacts.influence(estimator.name, shard, checkpoint)
+    target = artifacts.influence(estimator.name, number, checkpoint)
     if target.exists():
         return StageOutput()
     runtime = load_runtime(context, checkpoint=checkpoint)
@@ -41,22 +41,22 @@ def compute_checkpoint(context: StageContext) -> StageOutput:
     validation = runtime.validation_rows(path)
     weight = estimator.weights(learning_rates(context))[checkpoint]
     modules = runtime.dense_modules
-    index_T = runtime.shard(context, shard)
-    influence_MVT = torch.zeros(len(modules), len(runtime.trusted), len(index_T))
-    is_finite_T = torch.ones(len(index_T), dtype=torch.bool)
+    shard = runtime.shard(context, number)
+    influence_MVT = torch.zeros(len(modules), len(runtime.trusted), len(shard))
+    is_finite_T = torch.ones(len(shard), dtype=torch.bool)
 
     def work(positions: slice, indices: Tensor) -> None:
-        context.hold.tick(positions.start, len(index_T))
-        sample = runtime.extract(runtime.train, indices)
+        context.hold.tick(positions.start, len(shard))
+        sample = runtime.extract(shard.samples, indices)
         is_finite_T[positions] = sample.is_finite_B.cpu()
         for module in modules:
             dot_VB = validation[module].dot(sample.gradients[module])
             influence_MVT[module, :, positions] = (weight * dot_VB).cpu()
 
-    runtime.limits = in_batches(
-        index_T, runtime.train.length_T[index_T], limits=runtime.limits, work=work
+    runtime.limits = in_batches(shard.index_T, shard.length_T, limits=runtime.limits, work=work)
+    write_tensors(
+        target, {"influence": influence_MVT, "index": shard.index_T, "is_finite": is_finite_T}
     )
-    write_tensors(target, {"influence": influence_MVT, "index": index_T, "is_finite": is_finite_T})
     return StageOutput()
 
 

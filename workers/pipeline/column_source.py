@@ -31,6 +31,25 @@ class ColumnSource(ABC):
 
     num_rows: int
     num_columns: int
+    num_train: int
+
+    def column_blocks(self) -> Iterator[slice]:
+        """Yield the blocks of a row's columns that keep memory bounded."""
+        step = max(1, BLOCK_BYTES // (FLOAT32 * self.num_train))
+        for start in range(0, self.num_columns, step):
+            yield slice(start, min(start + step, self.num_columns))
+
+    @abstractmethod
+    def read(self, row: int, columns: slice) -> Tensor:
+        """Return influence_CF of one row on some columns."""
+
+    @abstractmethod
+    def sample_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield training samples, as positions among the finite ones, and influence_KB."""
+
+
+class ShardedSource(ColumnSource):
+    """Influence that lies shard by shard."""
 
     def __init__(self, facts: TrainingFacts) -> None:
         self._facts = facts
@@ -44,12 +63,6 @@ class ColumnSource(ABC):
             place_T[index[kept]]
             for index, kept in zip(facts.shard_index, self._is_kept, strict=True)
         ]
-
-    def column_blocks(self) -> Iterator[slice]:
-        """Yield the blocks of a row's columns that keep memory bounded."""
-        step = max(1, BLOCK_BYTES // (FLOAT32 * self.num_train))
-        for start in range(0, self.num_columns, step):
-            yield slice(start, min(start + step, self.num_columns))
 
     def read(self, row: int, columns: slice) -> Tensor:
         """Return influence_CF of one row on some columns."""
@@ -89,7 +102,7 @@ class ColumnSource(ABC):
         """Return the influence of some of a shard's samples on all columns, [R, V, B]."""
 
 
-class InfluenceReader(ColumnSource):
+class InfluenceReader(ShardedSource):
     """Reads the influence files of a pairwise or class estimator.
 
     Args:
@@ -145,7 +158,7 @@ class InfluenceReader(ColumnSource):
         return total
 
 
-class LengthReader(ColumnSource):
+class LengthReader(ShardedSource):
     """The influence of a sample estimator, from the squared lengths of the gradients.
 
     Args:

@@ -175,7 +175,7 @@ def _warn_of_shared(context: StageContext, test: SampleSet) -> list[str]:
     kept = _digests(test, context.hold.keep_alive)
     known = set(kept)
     sets = {"training": artifacts.train}
-    if context.request.validation is not None:
+    if context.has_validation:
         sets["validation"] = artifacts.validation
     for name, path in sets.items():
         shared = known.intersection(_digests(SampleSet(path), context.hold.keep_alive))

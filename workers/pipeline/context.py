@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from app.audits.automatic import needs_split
 from app.audits.models import Audit, Ranking
 from app.audits.schemas import AuditRequest
 from app.datasets.columns import DatasetLimits
@@ -39,6 +40,16 @@ class StageContext:
     def artifacts(self) -> Artifacts:
         """The audit's files."""
         return Artifacts(self.settings.data_dir, self.claim.audit_id)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation set: named, or taken from the training set."""
+        return self.request.validation is not None or needs_split(self.request.stored())
+
+    @property
+    def num_probe_shards(self) -> int:
+        """Into how many shards the probes were cut, 0 without any."""
+        return int(self.provenance.get("num_probe_shards", 0))
 
     @property
     def cache_dir(self) -> Path:

@@ -6,7 +6,8 @@ of it depends on the number of shards.
 Shapes: V validation samples, B a block of training samples, d entries of one module.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +23,7 @@ from workers.pipeline.gradients import keep_block, shard_batches, stream_kept
 from workers.pipeline.memory import FLOAT32, SHARD_BYTES
 from workers.pipeline.non_finite import check_share
 from workers.pipeline.runtime import Runtime, load_runtime
+from workers.pipeline.shards import Shard
 from workers.pipeline.training_facts import TrainingFacts
 
 MAX_MODULES_PER_BLOCK = 8
@@ -91,62 +93,89 @@ def fit_curvature(context: StageContext) -> StageOutput:
     queries: dict[str, Tensor] = {}
     is_finite_T = TrainingFacts(artifacts, context.provenance["num_shards"]).is_finite_T
     check_share(context, is_finite_T, name="training")
-    for number, module in enumerate(modules):
+    with_probes = [False, True] if context.num_probe_shards else [False]
+    passes = list(itertools.product(modules, with_probes))
+    for number, (module, has_probes) in enumerate(passes):
         training = _training_gradients(
-            context, runtime, block=block, module=module, num_finite=int(is_finite_T.sum())
+            context, runtime, block=block, module=module, with_probes=has_probes
         )
         validation_Vd = validation[module].dense()
         for place, estimator in enumerate(estimators):
-            context.hold.step(number * len(estimators) + place, len(modules) * len(estimators))
-            query_Vd = estimator.queries(validation_Vd=validation_Vd, training=training)
-            queries[f"{estimator.name}/{module:05d}"] = query_Vd
+            context.hold.step(number * len(estimators) + place, len(passes) * len(estimators))
+            name = query_name(estimator.name, module, for_probes=has_probes)
+            queries[name] = estimator.queries(validation_Vd=validation_Vd, training=training)
     write_tensors(artifacts.queries(block), queries)
     context.hold.keep_alive()  # who lost the lease leaves the files to the heir
     artifacts.remove_block(block)
     return StageOutput()
 
 
+def query_name(estimator: str, module: int, *, for_probes: bool) -> str:
+    """Return the name of an estimator's queries for training samples, or for probes.
+
+    Wrong labels are in the curvature that they are measured with, which shortens their influence.
+    So the probes are measured with a curvature that sums over them too; else they would be easier
+    to find than real noise, for these estimators alone.
+    """
+    return f"{estimator}/{'probes/' if for_probes else ''}{module:05d}"
+
+
 def _training_gradients(
-    context: StageContext, runtime: Runtime, *, block: int, module: int, num_finite: int
+    context: StageContext, runtime: Runtime, *, block: int, module: int, with_probes: bool
 ) -> TrainingGradients:
-    artifacts = context.artifacts
-    shards = range(context.provenance["num_shards"])
-    facts = [TensorFile(artifacts.facts(shard)) for shard in shards]
+    shards = _shards(context, runtime, with_probes=with_probes)
+    facts = [TensorFile(shard.files.facts(shard.number)) for _, shard in shards]
     # summed once over all shards: no bit of the damping depends on how they were cut
     squared_norm_T = torch.cat([file.rows("squared_norm", module) for file in facts])
+    num_finite = sum(int(file.rows("is_finite").sum()) for file in facts)
     return TrainingGradients(
         num_samples=num_finite,
         mean_squared_norm=float(squared_norm_T.double().sum()) / max(1, num_finite),
         spec=runtime.extractor.modules[module],
-        kronecker=_read_kronecker(context, module),
-        blocks=partial(_blocks, context, runtime, block, module),
+        kronecker=_read_kronecker([shard for _, shard in shards], module),
+        blocks=partial(_blocks, context, runtime, shards, block, module),
         keep_alive=context.hold.keep_alive,
         silence=context.hold.silence,
     )
 
 
-def _blocks(context: StageContext, runtime: Runtime, block: int, module: int) -> Iterator[Tensor]:
-    """Yield a module's gradients [B, d] of all training samples, in the order of the batches."""
-    artifacts = context.artifacts
+def _shards(
+    context: StageContext, runtime: Runtime, *, with_probes: bool
+) -> list[tuple[int, Shard]]:
+    """Return the shards of the training samples, and those of the probes, by position."""
     num_shards = context.provenance["num_shards"]
-    for shard in range(num_shards):
+    if with_probes:
+        num_shards += context.num_probe_shards
+    return [(position, runtime.shard(context, position)) for position in range(num_shards)]
+
+
+def _blocks(
+    context: StageContext,
+    runtime: Runtime,
+    shards: Sequence[tuple[int, Shard]],
+    block: int,
+    module: int,
+) -> Iterator[Tensor]:
+    """Yield a module's gradients [B, d] of all samples, in the order of the batches."""
+    for position, shard in shards:
         path = (
-            artifacts.gradients(shard)
+            shard.files.gradients(shard.number)
             if context.provenance["keeps_gradients"]
-            else artifacts.block_gradients(block, shard)
+            else shard.files.block_gradients(block, shard.number)
         )
-        for gradient_Bd in stream_kept(
-            path, runtime, module, shard_batches(context, runtime, shard)
-        ):
+        batches = shard_batches(context, runtime, position)
+        for gradient_Bd in stream_kept(path, runtime, module, batches):
             context.hold.keep_alive()
             yield gradient_Bd
 
 
-def _read_kronecker(context: StageContext, module: int) -> KroneckerSums | None:
+def _read_kronecker(shards: Sequence[Shard], module: int) -> KroneckerSums | None:
     """Return a module's sums over all shards, in their order; None where it has none."""
     result: KroneckerSums | None = None
-    for shard in range(context.provenance["num_shards"]):
-        path = context.artifacts.kronecker(shard)
+    for shard in shards:
+        path = shard.files.kronecker(shard.number)
+        if not len(shard):
+            continue
         if not path.exists():
             return None
         tensors = read_tensors(path, prefix=f"{module:05d}/")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from app.audits.fitting import computed_estimators
+from app.audits.automatic import computed_estimators, needs_features
 from app.catalogue import EstimatorName
 from workers.influence.estimators import Estimator, make_estimator
 from workers.pipeline.context import StageContext
@@ -10,27 +10,25 @@ from workers.pipeline.context import StageContext
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the audit's estimators need beside dot products of gradients."""
+    """What the audit needs beside dot products of gradients."""
 
     curvature: bool
     kronecker: bool
     hidden_states: bool
     word_embeddings: bool
     checkpoints: bool
+    features: bool
 
 
 def estimators_of(context: StageContext) -> list[Estimator]:
     """Return the estimators that an audit computes: the asked ones and the baselines."""
-    return [_make(context, name) for name in computed_estimators(context.request)]
+    return [make_named(context, name) for name in computed_estimators(context.request.stored())]
 
 
-def ranking_estimator_of(context: StageContext) -> Estimator:
-    """Return the estimator that ranks."""
-    return _make(context, context.request.ranking.estimator)
-
-
-def _make(context: StageContext, name: EstimatorName) -> Estimator:
-    return make_estimator(str(name), context.request.estimator_parameters.get(name, {}))
+def make_named(context: StageContext, name: str) -> Estimator:
+    """Return one estimator with the audit's parameters."""
+    parameters = context.request.estimator_parameters
+    return make_estimator(name, parameters.get(EstimatorName(name), {}))
 
 
 def wishes_of(context: StageContext) -> Wishes:
@@ -40,10 +38,12 @@ def wishes_of(context: StageContext) -> Wishes:
     def any_needs(what: str) -> bool:
         return any(getattr(estimator, f"needs_{what}") for estimator in estimators)
 
+    features = needs_features(context.request.stored())
     return Wishes(
         curvature=any_needs("curvature"),
         kronecker=any_needs("kronecker"),
-        hidden_states=any_needs("hidden_states"),
+        hidden_states=any_needs("hidden_states") or features,
         word_embeddings=context.request.model.word_embeddings or any_needs("word_embeddings"),
         checkpoints=any_needs("checkpoints"),
+        features=features,
     )

@@ -1,6 +1,6 @@
 """What the forward and backward pass tells of each sample, beside influence.
 
-Shapes: N samples, M modules, d entries of a module, U tokens, H width.
+Shapes: N samples, M modules, d entries of a module, U tokens, H width, W columns.
 """
 
 import torch
@@ -11,9 +11,14 @@ from workers.pipeline.samples import NO_CLASS
 
 
 class Facts:
-    """Collects loss, prediction and gradient lengths of samples, batch by batch."""
+    """Collects loss, prediction and gradient lengths of samples, batch by batch.
 
-    def __init__(self, num_samples: int, num_modules: int) -> None:
+    With `features` also what the model reads its answer from: the last block's hidden states and
+    the probabilities of the classes.
+    """
+
+    def __init__(self, num_samples: int, num_modules: int, *, features: bool = False) -> None:
+        self._num_samples, self._has_features = num_samples, features
         self._tensors = {
             "loss": torch.zeros(num_samples),
             "predicted": torch.full((num_samples,), NO_CLASS, dtype=torch.int32),
@@ -33,6 +38,15 @@ class Facts:
         self._tensors["given_probability"][positions] = outcome.given_probability_B.cpu()
         self._tensors["squared_norm"][:, positions] = sample.squared_norm_MB.cpu()
         self._tensors["is_finite"][positions] = sample.is_finite_B.cpu()
+        if self._has_features and outcome.logits_BC is not None:
+            self._put_wide("class_probability", positions, outcome.logits_BC.softmax(dim=1))
+            if sample.hidden_LBH is not None:
+                self._put_wide("features", positions, sample.hidden_LBH[-1])
+
+    def _put_wide(self, name: str, positions: slice | Tensor, value_BW: Tensor) -> None:
+        if name not in self._tensors:
+            self._tensors[name] = torch.zeros(self._num_samples, value_BW.shape[1])
+        self._tensors[name][positions] = value_BW.float().cpu()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything; numbers of samples that are not finite are 0.

@@ -21,6 +21,7 @@ from workers.pipeline.estimating import wishes_of
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.prepare import Prepared
 from workers.pipeline.samples import SampleSet
+from workers.pipeline.splitting import is_trained_on
 from workers.pipeline.training import Diverged, Runner, Training, train
 from workers.sources.loading import load_model
 
@@ -97,8 +98,8 @@ def fine_tune(context: StageContext) -> StageOutput:
             Runner(model, prepared, device),
             Training(
                 samples=samples,
-                index_N=torch.arange(len(samples)),
-                validation=SampleSet(artifacts.validation) if context.request.validation else None,
+                index_N=is_trained_on(artifacts, len(samples)).nonzero().flatten(),
+                validation=SampleSet(artifacts.validation) if context.has_validation else None,
                 options=options,
                 checkpoint=artifacts.checkpoint,
             ),

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from app.work.models import Stage
 from workers.influence.kronecker import KroneckerSums
 from workers.pipeline.artifacts import TensorFile, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
@@ -25,25 +26,27 @@ def compute_gradients(context: StageContext) -> StageOutput:
 
     The gradients are taken once, however many estimators there are.
     """
-    artifacts, shard = context.artifacts, context.claim.position
-    # The facts are written last: where they are, a worker was here before and finished.
-    if artifacts.facts(shard).exists():
-        return StageOutput()
     runtime = load_runtime(context)
     modules = runtime.extractor.modules
-    index_T = runtime.shard(context, shard)
-    influence = ShardInfluence(context, runtime, num_samples=len(index_T))
+    shard = runtime.shard(context, position_of(context))
+    files = shard.files
+    # The facts are written last: where they are, a worker was here before and finished.
+    if files.facts(shard.number).exists():
+        return StageOutput()
+    influence = ShardInfluence(context, runtime, num_samples=len(shard))
     kept = {
-        module: torch.zeros(len(index_T), modules[module].num_parameters)
+        module: torch.zeros(len(shard), modules[module].num_parameters)
         for module in runtime.dense_modules
         if context.provenance["keeps_gradients"]
     }
-    facts, totals = Facts(len(index_T), len(modules)), Totals(len(modules))
+    wishes = wishes_of(context)
+    facts = Facts(len(shard), len(modules), features=wishes.features)
+    totals = Totals(len(modules))
     kronecker: dict[int, KroneckerSums] = {}
 
     def work(positions: slice, indices: Tensor) -> None:
-        context.hold.tick(positions.start, len(index_T))
-        sample = runtime.extract(runtime.train, indices)
+        context.hold.tick(positions.start, len(shard))
+        sample = runtime.extract(shard.samples, indices)
         facts.put(positions, sample)
         influence.add(positions, sample)
         for module, kept_Td in kept.items():
@@ -55,23 +58,32 @@ def compute_gradients(context: StageContext) -> StageOutput:
             if sums is not None:
                 kronecker[module] = kronecker[module].add_(sums) if module in kronecker else sums
 
-    runtime.limits = in_batches(
-        index_T, runtime.train.length_T[index_T], limits=runtime.limits, work=work
-    )
+    runtime.limits = in_batches(shard.index_T, shard.length_T, limits=runtime.limits, work=work)
     influence.write(shard)
     if kept:
-        _write_gradients(artifacts.gradients(shard), kept)
-    if wishes_of(context).kronecker:
+        _write_gradients(files.gradients(shard.number), kept)
+    if wishes.kronecker:
         write_tensors(
-            artifacts.kronecker(shard),
+            files.kronecker(shard.number),
             {
                 f"{module:05d}/{name}": tensor
                 for module, sums in kronecker.items()
                 for name, tensor in sums.tensors().items()
             },
         )
-    write_tensors(artifacts.facts(shard), {"index": index_T, **facts.tensors(), **totals.tensors()})
-    return StageOutput(result={"samples": len(index_T), "tokens_per_batch": runtime.limits.tokens})
+    write_tensors(
+        files.facts(shard.number),
+        {"index": shard.index_T, **facts.tensors(), **totals.tensors()},
+    )
+    return StageOutput(result={"samples": len(shard), "tokens_per_batch": runtime.limits.tokens})
+
+
+def position_of(context: StageContext) -> int:
+    """Return which shard a unit works on: those of the probes come after those of training."""
+    position = context.claim.position
+    if context.claim.stage is Stage.PROBES:
+        position += context.provenance["num_shards"]
+    return position
 
 
 def _write_gradients(path: Path, gradients: dict[int, Tensor]) -> None:
@@ -93,7 +105,7 @@ def shard_batches(context: StageContext, runtime: Runtime, shard: int) -> list[s
     They are those that were planned when computing began, so that what is made of them depends
     neither on the shard that a batch fell into nor on whether gradients were kept.
     """
-    length_T = runtime.train.length_T[runtime.shard(context, shard)]
+    length_T = runtime.shard(context, shard).length_T
     batches = []
     start = 0
     for batch in plan_batches(length_T, BatchLimits.planned(context.provenance)):
@@ -120,19 +132,19 @@ def compute_again(
         use: gets the module, the positions in the shard, and gradient_Bd; it may be called again
             for positions whose batch ran out of memory.
     """
-    index_T = runtime.shard(context, shard)
+    part = runtime.shard(context, shard)
     for planned in shard_batches(context, runtime, shard):
-        index_B = index_T[planned]
+        index_B = part.index_T[planned]
 
         def work(positions: slice, indices: Tensor, first: int = planned.start) -> None:
             context.hold.keep_alive()
-            gradients = runtime.extract(runtime.train, indices).gradients
+            gradients = runtime.extract(part.samples, indices).gradients
             place = slice(first + positions.start, first + positions.stop)
             for module in modules:
                 use(module, place, gradients[module].dense())
 
         runtime.limits = in_batches(
-            index_B, runtime.train.length_T[index_B], limits=runtime.limits, work=work
+            index_B, part.length_T[planned], limits=runtime.limits, work=work
         )
 
 
@@ -143,14 +155,15 @@ def keep_block(
 
     For audits whose gradients would take too much disk if they were kept all at once.
     """
-    num_shards = context.provenance["num_shards"]
+    num_shards = context.provenance["num_shards"] + context.num_probe_shards
     specs = runtime.extractor.modules
-    for shard in range(num_shards):
-        path = context.artifacts.block_gradients(block, shard)
+    for position in range(num_shards):
+        shard = runtime.shard(context, position)
+        path = shard.files.block_gradients(block, shard.number)
         if path.exists():
             continue
-        context.hold.step(shard, num_shards)
-        num_samples = len(runtime.shard(context, shard))
+        context.hold.step(position, num_shards)
+        num_samples = len(shard)
         kept = {
             module: torch.zeros(num_samples, specs[module].num_parameters) for module in modules
         }
@@ -160,5 +173,5 @@ def keep_block(
         ) -> None:
             kept[module][positions] = gradient_Bd.cpu()
 
-        compute_again(context, runtime, shard, modules=modules, use=keep)
+        compute_again(context, runtime, position, modules=modules, use=keep)
         _write_gradients(path, kept)

@@ -4,18 +4,19 @@ import torch
 
 from workers.pipeline.artifacts import TensorFile, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
-from workers.pipeline.curvature import curvature_estimators, planned_blocks
+from workers.pipeline.curvature import curvature_estimators, planned_blocks, query_name
 from workers.pipeline.gradients import compute_again, shard_batches, stream_kept
 from workers.pipeline.runtime import Runtime, load_runtime
+from workers.pipeline.shards import Shard
 
 
 def compute_influence(context: StageContext) -> StageOutput:
     """Write a shard's influence [M, V, T_shard] by every estimator's queries."""
-    artifacts, shard = context.artifacts, context.claim.position
+    position = context.claim.position
     runtime = load_runtime(context)
     modules = runtime.dense_modules
-    index_T = runtime.shard(context, shard)
-    shape = (len(modules), len(runtime.trusted), len(index_T))
+    shard = runtime.shard(context, position)
+    shape = (len(modules), len(runtime.trusted), len(shard))
     influence = {estimator.name: torch.zeros(shape) for estimator in curvature_estimators(context)}
 
     def multiply(module: int, positions: slice, gradient_Bd: torch.Tensor) -> None:
@@ -24,23 +25,30 @@ def compute_influence(context: StageContext) -> StageOutput:
             influence_MVT[module, :, positions] = (query_Vd @ gradient_Bd.T).cpu()
 
     if context.provenance["keeps_gradients"]:
-        batches = shard_batches(context, runtime, shard)
+        batches = shard_batches(context, runtime, position)
         for module in modules:
-            queries = _queries(context, runtime, names=list(influence), modules=[module])
-            gradients = stream_kept(artifacts.gradients(shard), runtime, module, batches)
+            queries = _queries(context, runtime, shard, names=list(influence), modules=[module])
+            path = shard.files.gradients(shard.number)
+            gradients = stream_kept(path, runtime, module, batches)
             for positions, gradient_Bd in zip(batches, gradients, strict=True):
                 context.hold.step(module, len(modules))
                 multiply(module, positions, gradient_Bd)
     else:
-        queries = _queries(context, runtime, names=list(influence), modules=modules)
-        compute_again(context, runtime, shard, modules=modules, use=multiply)
+        queries = _queries(context, runtime, shard, names=list(influence), modules=modules)
+        compute_again(context, runtime, position, modules=modules, use=multiply)
     for name, influence_MVT in influence.items():
-        write_tensors(artifacts.influence(name, shard), {"influence": influence_MVT})
+        path = shard.files.influence(name, shard.number)
+        write_tensors(path, {"influence": influence_MVT})
     return StageOutput()
 
 
 def _queries(
-    context: StageContext, runtime: Runtime, *, names: list[str], modules: list[int]
+    context: StageContext,
+    runtime: Runtime,
+    shard: Shard,
+    *,
+    names: list[str],
+    modules: list[int],
 ) -> dict[tuple[str, int], torch.Tensor]:
     """Read the queries [V, d] of some modules, by estimator and module."""
     block_of = {
@@ -52,7 +60,9 @@ def _queries(
         block: TensorFile(context.artifacts.queries(block)) for block in set(block_of.values())
     }
     return {
-        (name, module): files[block_of[module]].rows(f"{name}/{module:05d}").to(runtime.device)
+        (name, module): files[block_of[module]]
+        .rows(query_name(name, module, for_probes=shard.is_probes))
+        .to(runtime.device)
         for name in names
         for module in modules
     }

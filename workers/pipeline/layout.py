@@ -74,6 +74,21 @@ class ModelLayout:
         except UnknownLayers:
             return None
 
+    def check_layers(self, estimators: Sequence[Estimator], layers: str) -> None:
+        """Check that one of several estimators at least has some layers.
+
+        Raises:
+            UnknownLayers: none has them; says what the last one has.
+        """
+        for number, estimator in enumerate(estimators, start=1):
+            try:
+                self.groups_of(estimator, layers)
+            except UnknownLayers:
+                if number == len(estimators):
+                    raise
+            else:
+                return
+
     def standard_groups(self, estimator: Estimator) -> dict[str, tuple[int, ...]]:
         """Return the same without one more."""
         return self._rows(estimator)[0]

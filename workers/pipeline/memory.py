@@ -3,7 +3,8 @@
 Shapes: N samples.
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -162,6 +163,13 @@ def plan_shards(length_T: Tensor, limits: BatchLimits, *, samples_per_shard: int
         shards[-1].append(batch)
         size += len(batch)
     return [torch.cat(batches) for batches in shards]
+
+
+def split_batches(batches: Sequence[Tensor], *, count: int) -> list[Tensor]:
+    """Cut batches into `count` shards of about as many batches each; some may be empty."""
+    none = torch.empty(0, dtype=torch.int64)
+    ends = [len(batches) * number // count for number in range(count + 1)]
+    return [torch.cat([none, *batches[start:stop]]) for start, stop in itertools.pairwise(ends)]
 
 
 def plan_batches(length_T: Tensor, limits: BatchLimits) -> list[Tensor]:

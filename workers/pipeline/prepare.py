@@ -12,12 +12,14 @@ from typing import Any, Self
 
 import pyarrow as pa
 
+from app.audits.automatic import needs_split
 from app.references import parse_model_reference
 from app.version import VERSION
 from workers.pipeline.artifacts import read_json, write_json
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.samples import SCHEMA, write_samples
+from workers.pipeline.splitting import split_off
 from workers.pipeline.tables import Table, read_batches, resolve_table
 from workers.pipeline.targets import Label, Targets, read_classes, read_completions
 from workers.pipeline.tokenise import TOKENISERS, RowTokeniser, TokenisedRows
@@ -144,6 +146,8 @@ def prepare(context: StageContext) -> StageOutput:
         before += targets[table.field].num_rows
         if (swapped := targets[table.field].completions) is not None:
             swapped.remove()
+    num_validation = targets["validation"].num_rows if "validation" in targets else 0
+    num_split = split_off(context) if needs_split(request.stored()) else 0
     Prepared(
         task=request.task,
         model=sources.model,
@@ -166,6 +170,8 @@ def prepare(context: StageContext) -> StageOutput:
         "max_tokens": max_tokens,
         "num_truncated": num_truncated,
     }
+    if num_split:
+        provenance["num_split"] = num_split
     if any(table.columns.kind == "chat" for table in sources.all()):
         provenance["chat_date"] = CHAT_DATE.date().isoformat()
     if sources.checkpoints:
@@ -173,7 +179,7 @@ def prepare(context: StageContext) -> StageOutput:
     return StageOutput(
         columns={
             "num_train": targets["train"].num_rows,
-            "num_validation": targets["validation"].num_rows if "validation" in targets else 0,
+            "num_validation": num_validation or num_split,
         },
         provenance=provenance,
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 from app.audits.answers import SCORE_ORDER
 from workers.influence.aggregation import order_by_score
 from workers.pipeline.artifacts import atomically, sha256_of
+from workers.pipeline.judging import Judgement
 from workers.pipeline.related import Related
 from workers.pipeline.samples import NO_CLASS, SampleSet
 from workers.pipeline.training_facts import TrainingFacts
@@ -38,6 +39,9 @@ FILE_SCHEMA = pa.schema(
         "loss": pa.float32(),
         "score": pa.float32(),
         "flagged": pa.bool_(),
+        "noise_probability": pa.float32(),
+        "suggested_label": pa.string(),
+        "suggested_probability": pa.float32(),
         "is_noisy": pa.bool_(),
         "non_finite": pa.bool_(),
     },
@@ -52,7 +56,8 @@ VALIDATION_COLUMNS = (
     "predicted_probability, loss"
 )
 RANKED_COLUMNS = (
-    "ranking_id, rank, sample_index, given_label, score, flagged, group_scores, group_ranks, "
+    "ranking_id, rank, sample_index, given_label, score, flagged, noise_probability, "
+    "suggested_label, suggested_probability, group_scores, group_ranks, "
     "harmed_validation, harmed_influence, helped_validation, helped_influence"
 )
 
@@ -60,7 +65,7 @@ RANKED_COLUMNS = (
 # about the audit.
 RANKING_SUMMARY = (
     *("num_flagged", "files", "detection", "warnings", "group_order", "layer_groups"),
-    *("layer_group_order", "configurations", "module_cancellation"),
+    *("layer_group_order", "configurations", "module_cancellation", "choice", "noise"),
 )
 
 
@@ -72,6 +77,7 @@ class RankedSet:
         labels: the label of each class; none for a causal language model.
         group_scores: score_T by layer group; `layers` names the one that ranks.
         num_flagged: how many of the lowest are flagged.
+        judgement: how likely each sample is wrong; None where that cannot be told.
     """
 
     samples: SampleSet
@@ -81,6 +87,7 @@ class RankedSet:
     layers: str
     num_flagged: int
     related: Related | None
+    judgement: Judgement | None = None
 
     @property
     def order_T(self) -> Tensor:
@@ -105,8 +112,23 @@ class RankedSet:
             "loss": self.facts.loss_T[index_N].tolist(),
             "score": self.group_scores[self.layers][index_N].tolist(),
             "flagged": [rank < self.num_flagged for rank in ranks],
+            **self.judged(index_N),
             "is_noisy": noisy_T[index_N].tolist() if noisy_T is not None else [None] * count,
             "non_finite": (~self.facts.is_finite_T[index_N]).tolist(),
+        }
+
+    def judged(self, index_N: Tensor) -> dict[str, list[Any]]:
+        """Return how likely the samples are wrong, and the classes that they should rather have."""
+        judgement, nothing = self.judgement, [None] * len(index_N)
+        if judgement is None:
+            names = ("noise_probability", "suggested_label", "suggested_probability")
+            return dict.fromkeys(names, nothing)
+        return {
+            "noise_probability": judgement.probability_T[index_N].tolist(),
+            "suggested_label": name_labels(judgement.suggested_T[index_N], self.labels),
+            "suggested_probability": judgement.suggested_probability_T[index_N].tolist()
+            if self.labels
+            else nothing,
         }
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
@@ -231,11 +253,13 @@ def _ranked_rows(ranking_id: str, ranked: RankedSet) -> Iterator[Sequence[Any]]:
     related = ranked.related
     for first, index_N in ranked.chunks():
         nothing: list[list[Any]] = [[]] * len(index_N)
+        judged = ranked.judged(index_N)
         rows = zip(
             range(first, first + len(index_N)),
             index_N.tolist(),
             name_labels(ranked.samples.label_T[index_N], ranked.labels),
             ranked.group_scores[ranked.layers][index_N].tolist(),
+            zip(*judged.values(), strict=True),
             score_GT[:, index_N].T.tolist(),
             rank_GT[:, index_N].T.tolist(),
             related.harmed_KT[:, index_N].T.tolist() if related else nothing,
@@ -244,6 +268,6 @@ def _ranked_rows(ranking_id: str, ranked: RankedSet) -> Iterator[Sequence[Any]]:
             related.help_KT[:, index_N].T.tolist() if related else nothing,
             strict=True,
         )
-        for rank, index, label, score, *lists in rows:
+        for rank, index, label, score, judgement, *lists in rows:
             flagged = rank < ranked.num_flagged
-            yield ranking_id, rank, index, label, score, flagged, *lists
+            yield ranking_id, rank, index, label, score, flagged, *judgement, *lists

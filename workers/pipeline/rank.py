@@ -10,17 +10,11 @@ from app.audits.models import Audit, Ranking
 from app.settings import Settings
 from app.work.repository import Claim, LeaseLost
 from workers.influence.layer_groups import UnknownLayers
-from workers.pipeline.aggregate import choose_validation, name_groups
-from workers.pipeline.artifacts import read_tensors
 from workers.pipeline.context import StageContext, StageOutput
-from workers.pipeline.estimating import ranking_estimator_of
 from workers.pipeline.failures import AuditRefused
-from workers.pipeline.layout import ModelLayout
-from workers.pipeline.prepare import Prepared
-from workers.pipeline.publish import RankedSet, copy_ranking, write_files
-from workers.pipeline.samples import SampleSet
-from workers.pipeline.scores import Scored, Scorer, detection
-from workers.pipeline.training_facts import TrainingFacts
+from workers.pipeline.findings import Findings
+from workers.pipeline.publish import copy_ranking, write_files
+from workers.pipeline.ranking import make_ranking
 
 
 def rank(context: StageContext) -> StageOutput:
@@ -31,9 +25,11 @@ def rank(context: StageContext) -> StageOutput:
     """
     ranking_id, artifacts = context.claim.ranking_id, context.artifacts
     assert ranking_id is not None  # noqa: S101  every unit of this stage is a ranking's
-    ranking = context.request.ranking
     try:
-        ranked, scored = _score(context)
+        findings = Findings.open(context)
+        made = make_ranking(
+            context, findings, findings.scorer(context), estimators=None, aggregations=[]
+        )
     except (FileNotFoundError, KeyError) as error:
         raise AuditRefused(
             "influence_missing",
@@ -43,7 +39,7 @@ def rank(context: StageContext) -> StageOutput:
     except UnknownLayers as error:
         raise AuditRefused("unknown_layers", str(error), field="layers") from error
     context.hold.keep_alive()
-    files = write_files(ranked, artifacts.results(ranking_id))
+    files = write_files(made.rows, artifacts.results(ranking_id))
     context.hold.keep_alive()
 
     def write(session: Session) -> None:
@@ -51,48 +47,9 @@ def rank(context: StageContext) -> StageOutput:
         there = select(Ranking.id).where(Ranking.id == ranking_id)
         if session.scalars(there.with_for_update(read=True, key_share=True)).first() is None:
             raise LeaseLost(ranking_id)
-        copy_ranking(session, ranking_id=ranking_id, ranked=ranked)
+        copy_ranking(session, ranking_id=ranking_id, ranked=made.rows)
 
-    summary = {
-        "num_flagged": ranked.num_flagged,
-        "files": files,
-        "detection": detection(scored.group_scores[ranking.layers], ranked.samples.is_noisy_T),
-        "warnings": scored.warnings,
-        "group_order": list(scored.group_scores),
-        **name_groups(ModelLayout.read(artifacts.modules), scored.configurations),
-        "configurations": scored.configurations,
-    }
-    return StageOutput(columns={"summary": summary}, write=write)
-
-
-def _score(context: StageContext) -> tuple[RankedSet, Scored]:
-    artifacts, request = context.artifacts, context.request
-    train = SampleSet(artifacts.train)
-    validation = SampleSet(artifacts.validation) if request.validation else None
-    validation_facts = read_tensors(artifacts.validation_facts) if validation else {}
-    facts = TrainingFacts(artifacts, context.provenance["num_shards"])
-    scorer = Scorer(
-        artifacts,
-        facts,
-        layout=ModelLayout.read(artifacts.modules),
-        validation=choose_validation(validation, validation_facts),
-        num_checkpoints=context.provenance.get("num_checkpoints", 0),
-        is_noisy_T=train.is_noisy_T,
-        seed=request.seed,
-        tick=context.hold.step,
-    )
-    estimator = ranking_estimator_of(context)
-    scored = scorer.score_all([estimator], aggregations=[], ranking=request.ranking, is_alone=True)
-    ranked = RankedSet(
-        samples=train,
-        facts=facts,
-        labels=[str(label) for label in Prepared.read(artifacts.prepared).labels],
-        group_scores=scored.group_scores,
-        layers=request.ranking.layers,
-        num_flagged=request.flag.number(len(train)),
-        related=scorer.find_related(estimator, layers=request.ranking.layers),
-    )
-    return ranked, scored
+    return StageOutput(columns={"summary": {**made.summary, "files": files}}, write=write)
 
 
 def remove_if_deleted(engine: Engine, settings: Settings, claim: Claim) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.audits.models import Audit, Ranking
 from app.audits.schemas import AuditRequest, Flag, RankingSpecification
+from app.catalogue import AUTO
 from app.settings import Settings
 from app.work.models import Stage
 from app.work.repository import Claim
@@ -34,6 +35,7 @@ STAGES: dict[Stage, Callable[[StageContext], StageOutput]] = {
     Stage.FINE_TUNE: fine_tune,
     Stage.VALIDATION: compute_validation,
     Stage.GRADIENTS: compute_gradients,
+    Stage.PROBES: compute_gradients,
     Stage.CHECKPOINTS: compute_checkpoint,
     Stage.CURVATURE: fit_curvature,
     Stage.INFLUENCE: compute_influence,
@@ -64,7 +66,7 @@ def _with_ranking(request: AuditRequest, ranking: Ranking | None) -> AuditReques
         raise HoldLost
     later = {
         "ranking": RankingSpecification.model_validate(ranking.specification),
-        "flag": Flag.model_validate(ranking.flag),
+        "flag": AUTO if ranking.flag == AUTO else Flag.model_validate(ranking.flag),
     }
     return request.model_copy(update=later)
 

@@ -19,9 +19,17 @@ from workers.pipeline.context import StageContext
 from workers.pipeline.estimating import wishes_of
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.fine_tune import query_and_value
-from workers.pipeline.memory import BatchLimits, activation_floats, plan_shards
+from workers.pipeline.memory import (
+    BatchLimits,
+    activation_floats,
+    plan_batches,
+    plan_shards,
+    split_batches,
+)
 from workers.pipeline.prepare import Prepared
+from workers.pipeline.probe_samples import ProbeSet, read_probes
 from workers.pipeline.samples import SampleSet
+from workers.pipeline.shards import Shard
 from workers.sources.loading import load_model
 
 DTYPES = {
@@ -50,6 +58,8 @@ class Runtime:
     limits: BatchLimits
     activation_floats: int
     _shards: list[Tensor] | None = None
+    _probes: ProbeSet | None = None
+    _probe_shards: list[Tensor] = field(default_factory=list)
     _validation_rows: tuple[GradientRows, ...] | None = field(default=None, repr=False)
 
     @property
@@ -64,7 +74,7 @@ class Runtime:
             raise RuntimeError("this audit has no validation set")
         return self.validation
 
-    def extract(self, samples: SampleSet, indices: Tensor) -> SampleGradients:
+    def extract(self, samples: SampleSet | ProbeSet, indices: Tensor) -> SampleGradients:
         """Take the gradients of the samples at `indices`."""
         inputs, targets = samples.batch(indices, pad_id=self.prepared.pad_id, device=self.device)
         return self.extractor.extract(inputs, targets)
@@ -76,15 +86,26 @@ class Runtime:
             module for module, spec in enumerate(self.extractor.modules) if spec.form != "sparse"
         ]
 
-    def shard(self, context: StageContext, position: int) -> Tensor:
-        """Return the training indices of one shard, as planned when computing began."""
+    def shard(self, context: StageContext, position: int) -> Shard:
+        """Return one shard, as planned when computing began; those of the probes come last."""
         if self._shards is None:
             self._shards = plan_shards(
                 self.train.length_T,
                 BatchLimits.planned(context.provenance),
                 samples_per_shard=context.provenance["samples_per_shard"],
             )
-        return self._shards[position]
+        if position < len(self._shards):
+            files = context.artifacts
+            return Shard(self.train, self._shards[position], files, position, is_probes=False)
+        if self._probes is None:
+            self._probes = read_probes(context, self.train)
+            self._probe_shards = split_batches(
+                plan_batches(self._probes.length_T, BatchLimits.planned(context.provenance)),
+                count=context.num_probe_shards,
+            )
+        number = position - len(self._shards)
+        files = context.artifacts.probes
+        return Shard(self._probes, self._probe_shards[number], files, number, is_probes=True)
 
     def validation_rows(self, path: Path) -> tuple[GradientRows, ...]:
         """Return the validation gradients of every module, read once."""
@@ -119,7 +140,7 @@ def load_runtime(context: StageContext, *, checkpoint: int | None = None) -> Run
     with context.hold.silence():
         loaded = load_model(resolved, task=request.task, labels=prepared.labels)
     train = SampleSet(artifacts.train)
-    validation = SampleSet(artifacts.validation) if request.validation else None
+    validation = SampleSet(artifacts.validation) if context.has_validation else None
     model: Any = loaded.model
     config = model.config.get_text_config()
     longest = max(int(samples.length_T.max()) for samples in (train, validation) if samples)

@@ -6,6 +6,7 @@ Shapes: T samples of the set, B batch, S sequence.
 """
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +31,7 @@ SCHEMA = pa.schema(
     }
 )
 NO_CLASS = -1
+_DIGEST_ROWS = 10_000
 
 
 class MappedRows:
@@ -65,6 +67,7 @@ class SampleSet:
         label_T: int64, the class of each sample; NO_CLASS for a causal language model.
         is_noisy_T: bool where noise is known, else None.
         has_completions: whether the samples are of a causal language model.
+        completion_start_T: int64, the position of the first token of each completion; else 0.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,6 +83,8 @@ class SampleSet:
             self.is_noisy_T = torch.from_numpy(np.array(noisy, dtype=bool))
         self._has_segments = table["token_type_ids"].null_count == 0
         self.has_completions = table["completion_start"].null_count < len(table)
+        starts = pc.fill_null(table["completion_start"], 0)
+        self.completion_start_T = torch.from_numpy(np.array(starts, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.label_T)
@@ -94,6 +99,21 @@ class SampleSet:
         """Return text and second text, or prompt and completion, of the samples at `indices`."""
         rows = self._rows.take(["text", "text_pair"], indices)
         return list(zip(rows["text"].to_pylist(), rows["text_pair"].to_pylist(), strict=True))
+
+    def tokens(self, indices: Tensor) -> list[tuple[list[int], int]]:
+        """Return the tokens of the samples at `indices`, and where their completions start."""
+        token_ids = self._rows.take(["input_ids"], indices)["input_ids"].to_pylist()
+        return list(zip(token_ids, self.completion_start_T[indices].tolist(), strict=True))
+
+    def completion_digests(self) -> Tensor:
+        """Return int64 [T], equal where the tokens of two completions are equal."""
+        digests: list[int] = []
+        for indices in torch.arange(len(self)).split(_DIGEST_ROWS):
+            for token_ids, start in self.tokens(indices):
+                content = np.array(token_ids[start:], dtype=np.int32).tobytes()
+                digest = hashlib.blake2b(content, digest_size=8).digest()
+                digests.append(int.from_bytes(digest, "little", signed=True))
+        return torch.tensor(digests)
 
     def batch(
         self, indices: Tensor, *, pad_id: int, device: torch.device

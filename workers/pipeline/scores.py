@@ -5,13 +5,13 @@ Shapes: T training samples, F those that are finite, V validation samples.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from app.audits.schemas import RankingSpecification
+from app.audits.schemas import Configuration
 from workers.influence.aggregation import AggregationOptions
 from workers.influence.errors import NonFiniteInfluence
 from workers.influence.estimators import (
@@ -27,6 +27,7 @@ from workers.pipeline.artifacts import Artifacts
 from workers.pipeline.column_source import ColumnSource, InfluenceReader, LengthReader
 from workers.pipeline.estimator_scores import EstimatorScores
 from workers.pipeline.layout import ALL, ModelLayout
+from workers.pipeline.probed_set import ProbedSet, ProbedSource
 from workers.pipeline.related import Related, find_related
 from workers.pipeline.training_facts import TrainingFacts
 
@@ -62,12 +63,14 @@ class Scored:
     Attributes:
         group_scores: score_T of the ranking's estimator and aggregation by layer group.
         configurations: every computed configuration with its detection, as stored.
+        probed_scores: score_F of every configuration of a probed set, in the same order.
         warnings: what the user should know.
     """
 
     group_scores: dict[str, Tensor]
     configurations: list[dict[str, Any]]
     warnings: list[str]
+    probed_scores: list[Tensor] = field(default_factory=list)
 
 
 def detection(score_T: Tensor, is_noisy_T: Tensor | None) -> dict[str, float] | None:
@@ -80,7 +83,7 @@ def detection(score_T: Tensor, is_noisy_T: Tensor | None) -> dict[str, float] | 
     return {**rates, "auc_ndr": measured.auc_ndr}
 
 
-def _options(ranking: RankingSpecification) -> AggregationOptions:
+def _options(ranking: Configuration) -> AggregationOptions:
     return AggregationOptions(
         vote_fraction=ranking.vote_fraction,
         trim_fraction=ranking.trim_fraction,
@@ -98,6 +101,9 @@ class Scorer:
         validation: which validation samples count.
         num_checkpoints: how many an estimator of several checkpoints adds up.
         is_noisy_T: the known noise.
+        confidence_T: of the samples' classes, out of sample.
+        probed: the set with the probes in place, whose scores are asked for instead; `facts` are
+            its own, and the probes are the noise.
         seed: of the random baseline.
         tick: is told how much of the work is done, and how much there is.
     """
@@ -111,19 +117,22 @@ class Scorer:
         validation: ValidationChoice,
         num_checkpoints: int = 0,
         is_noisy_T: Tensor | None = None,
+        confidence_T: Tensor | None = None,
+        probed: ProbedSet | None = None,
         seed: int = 0,
         tick: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
         self._artifacts, self._facts, self._layout = artifacts, facts, layout
         self._validation, self._num_checkpoints = validation, num_checkpoints
         self._is_noisy_T, self._seed, self._tick = is_noisy_T, seed, tick
+        self._confidence_T, self._probed = confidence_T, probed
 
     def score_all(
         self,
         estimators: Sequence[Estimator],
         *,
         aggregations: Sequence[str],
-        ranking: RankingSpecification,
+        ranking: Configuration,
         layer_groups: Sequence[str] | None = None,
         is_alone: bool = False,
     ) -> Scored:
@@ -149,6 +158,7 @@ class Scorer:
             is_ranking = estimator.name == ranking.estimator
             if isinstance(estimator, Baseline):
                 score_T = self._score_baseline(estimator)
+                self._keep_probed(scored, score_T)
                 scored.configurations.append(self._configuration(score_T, estimator))
                 if is_ranking:
                     scored.group_scores[ALL] = score_T
@@ -172,6 +182,7 @@ class Scorer:
             for group, name, correct_only in itertools.product(groups, names, choices):
                 tick(1.0)
                 score_T = self._facts.spread(scores.get(group, name, correct_only=correct_only))
+                self._keep_probed(scored, score_T)
                 scored.configurations.append(
                     self._configuration(score_T, estimator, group, name, correct_only=correct_only)
                 )
@@ -187,7 +198,7 @@ class Scorer:
         return scored
 
     def score_rankings(
-        self, estimator: Estimator, rankings: Sequence[RankingSpecification]
+        self, estimator: Estimator, rankings: Sequence[Configuration]
     ) -> list[Tensor]:
         """Return score_T by each of some rankings of one estimator.
 
@@ -198,7 +209,7 @@ class Scorer:
         """
         if isinstance(estimator, Baseline):
             return [self._score_baseline(estimator)] * len(rankings)
-        passes: dict[AggregationOptions, list[RankingSpecification]] = {}
+        passes: dict[AggregationOptions, list[Configuration]] = {}
         for ranking in rankings:
             passes.setdefault(_options(ranking), []).append(ranking)
         scores: dict[AggregationOptions, EstimatorScores] = {}
@@ -237,7 +248,7 @@ class Scorer:
         if estimator.kind != "pairwise":
             return None
         return find_related(
-            self._reader(estimator),
+            self._reader(estimator, self._artifacts, self._facts),
             self._facts,
             rows=self._layout.groups_of(estimator, layers)[layers],
             index_V=self._columns(estimator),
@@ -284,15 +295,30 @@ class Scorer:
         num_columns = 1 if estimator.kind == "sample" else len(self._columns(estimator))
         return torch.ones(num_columns, dtype=torch.bool)
 
-    def _reader(self, estimator: Estimator) -> InfluenceReader:
+    def _reader(
+        self, estimator: Estimator, artifacts: Artifacts, facts: TrainingFacts
+    ) -> InfluenceReader:
         has_checkpoints = isinstance(estimator, CheckpointEstimator)
         return InfluenceReader(
-            self._artifacts,
+            artifacts,
             estimator.name,
-            self._facts,
+            facts,
             chosen_V=self._columns(estimator),
             checkpoints=range(self._num_checkpoints) if has_checkpoints else (None,),
         )
+
+    def _source(self, estimator: Estimator, *, num_rows: int) -> ColumnSource:
+        """Return an estimator's influence, with `num_rows` where it is made of lengths."""
+
+        def read(artifacts: Artifacts, facts: TrainingFacts) -> ColumnSource:
+            if isinstance(estimator, SampleEstimator):
+                return LengthReader(estimator, facts, num_rows=num_rows)
+            return self._reader(estimator, artifacts, facts)
+
+        train, probed = read(self._artifacts, self._facts), self._probed
+        if probed is None:
+            return train
+        return ProbedSource(train, read(probed.artifacts, probed.probe_facts), probed.is_probe_F)
 
     def _score(
         self,
@@ -300,16 +326,12 @@ class Scorer:
         groups: dict[str, tuple[int, ...]],
         names: Sequence[str],
         *,
-        ranking: RankingSpecification,
+        ranking: Configuration,
         choices: Sequence[bool],
         tick: Callable[[float], None],
     ) -> EstimatorScores:
-        source: ColumnSource
-        if isinstance(estimator, SampleEstimator):
-            num_rows = 1 + max(row for rows in groups.values() for row in rows)
-            source = LengthReader(estimator, self._facts, num_rows=num_rows)
-        else:
-            source = self._reader(estimator)
+        num_rows = 1 + max(row for rows in groups.values() for row in rows)
+        source = self._source(estimator, num_rows=num_rows)
         try:
             return EstimatorScores(
                 source,
@@ -328,8 +350,24 @@ class Scorer:
             ) from error
 
     def _score_baseline(self, estimator: Baseline) -> Tensor:
-        facts = SampleFacts(loss_T=self._facts.loss_T, is_noisy_T=self._is_noisy_T, seed=self._seed)
+        facts = SampleFacts(
+            loss_T=self._facts.loss_T,
+            is_noisy_T=self._is_noisy_T,
+            seed=self._seed,
+            confidence_T=self._confidence_T,
+        )
         return self._facts.put_first(estimator.score(facts))
+
+    def _keep_probed(self, scored: Scored, score_T: Tensor) -> None:
+        """Keep the scores of a probed set: it is small, and they are compared with one another."""
+        if self._probed is not None:
+            scored.probed_scores.append(score_T[self._facts.finite_F])
+
+    def _detection(self, score_T: Tensor) -> dict[str, float] | None:
+        if self._probed is None:
+            return detection(score_T, self._is_noisy_T)
+        # the others take no part
+        return detection(score_T[self._facts.finite_F], self._probed.is_probe_F)
 
     def _configuration(
         self,
@@ -345,10 +383,10 @@ class Scorer:
             "layer_group": group,
             "aggregation": aggregation,
             "correct_only": correct_only,
-            "detection": detection(score_T, self._is_noisy_T),
+            "detection": self._detection(score_T),
         }
 
 
-def _is_correct_only(estimator: Estimator, ranking: RankingSpecification) -> bool:
+def _is_correct_only(estimator: Estimator, ranking: Configuration) -> bool:
     """Return whether `correct_only` says something to the estimator, and is asked for."""
     return estimator.kind == "pairwise" and bool(ranking.correct_only)

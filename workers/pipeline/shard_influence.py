@@ -20,6 +20,7 @@ from workers.pipeline.artifacts import read_tensors, write_tensors
 from workers.pipeline.context import StageContext
 from workers.pipeline.estimating import estimators_of
 from workers.pipeline.runtime import Runtime
+from workers.pipeline.shards import Shard
 
 
 class ShardInfluence:
@@ -75,10 +76,11 @@ class ShardInfluence:
                     validation_VH=self._hidden_LVH[block], train_BH=train_BH
                 ).cpu()
 
-    def write(self, shard: int) -> None:
+    def write(self, shard: Shard) -> None:
         """Write every estimator's file."""
         for name, influence_MVT in self._influence.items():
-            write_tensors(self._artifacts.influence(name, shard), {"influence": influence_MVT})
+            path = shard.files.influence(name, shard.number)
+            write_tensors(path, {"influence": influence_MVT})
 
     def _add_dots(self, positions: slice, module: int, rows: GradientRows) -> None:
         validation, known = self._validation[module], self._statistics[module]

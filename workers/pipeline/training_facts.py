@@ -3,6 +3,7 @@
 Shapes: T training samples, F those whose loss and gradient are finite.
 """
 
+import copy
 import math
 
 import torch
@@ -25,10 +26,10 @@ class TrainingFacts:
     def __init__(self, artifacts: Artifacts, num_shards: int) -> None:
         self.files = [TensorFile(artifacts.facts(shard)) for shard in range(num_shards)]
         self.shard_index = [file.rows("index") for file in self.files]
-        back_T = torch.cat(self.shard_index).argsort()
+        self._back_T = torch.cat(self.shard_index).argsort()
 
         def join(name: str) -> Tensor:
-            return torch.cat([file.rows(name) for file in self.files])[back_T]
+            return torch.cat([file.rows(name) for file in self.files])[self._back_T]
 
         self.loss_T = join("loss")
         self.predicted_T = join("predicted")
@@ -37,6 +38,25 @@ class TrainingFacts:
         self.is_finite_T = join("is_finite").bool()
         self.finite_F = self.is_finite_T.nonzero().flatten()
         self.num_modules = self.files[0].shape("squared_norm")[0]
+
+    def only(self, kept_T: Tensor) -> "TrainingFacts":
+        """Return the same facts with some samples alone counting as finite, bool [T]."""
+        facts = copy.copy(self)
+        facts.is_finite_T = kept_T & self.is_finite_T
+        facts.finite_F = facts.is_finite_T.nonzero().flatten()
+        return facts
+
+    def with_losses(self, loss_T: Tensor) -> "TrainingFacts":
+        """Return the same facts with other losses."""
+        facts = copy.copy(self)
+        facts.loss_T = loss_T
+        return facts
+
+    def wide(self, name: str) -> Tensor | None:
+        """Return `features` [T, H] or `class_probability` [T, C], None where none were kept."""
+        if name not in self.files[0]:
+            return None
+        return torch.cat([file.rows(name) for file in self.files])[self._back_T]
 
     @property
     def num_non_finite(self) -> int:

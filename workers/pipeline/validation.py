@@ -8,20 +8,21 @@ Shapes: V validation samples, M modules.
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from app.audits.automatic import needs_probes
 from app.audits.fitting import named_rankings
+from app.catalogue import AUTO
 from workers.device import device_name, free_bytes
 from workers.influence.errors import InsufficientMemory
 from workers.influence.estimators import (
     CheckpointEstimator,
     ClassEstimator,
     CurvatureEstimator,
-    Estimator,
     HiddenStateEstimator,
     WordEmbeddingEstimator,
 )
@@ -46,6 +47,7 @@ from workers.pipeline.memory import (
     row_floats,
 )
 from workers.pipeline.non_finite import check_share
+from workers.pipeline.probe_samples import num_probes
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.validation_rows import ValidationRows, collect_validation, write_rows
 
@@ -74,6 +76,7 @@ def compute_validation(context: StageContext) -> StageOutput:
             "samples_per_batch": runtime.limits.samples,
             "samples_per_shard": plan.samples_per_shard,
             "num_shards": len(shards),
+            "num_probe_shards": _num_probe_shards(context, runtime, plan),
             "num_module_blocks": len(blocks),
             "num_checkpoints": _num_checkpoints(context),
             "keeps_gradients": keeps_gradients,
@@ -103,35 +106,33 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
     }
     estimators = {item.name: item for item in estimators_of(context)}
     for path, ranking in named_rankings(context.request):
+        if ranking.layers == AUTO:
+            continue
+        named = ranking.estimator
+        asked = [each for each in estimators.values() if named in {AUTO, each.name}]
         try:
-            ModelLayout.of(layout).groups_of(estimators[ranking.estimator], ranking.layers)
-        except ValueError as error:
+            ModelLayout.of(layout).check_layers(asked, ranking.layers)
+        except UnknownLayers as error:
             field = ".".join((*map(str, path), "layers"))
             raise AuditRefused("unknown_layers", str(error), field=field) from error
     with_layers = [estimator for estimator in estimators.values() if estimator.axis != "none"]
     for place, layers in enumerate(context.request.layer_groups or ()):
-        _check_layer_group(ModelLayout.of(layout), with_layers, place, layers)
-    return layout
-
-
-def _check_layer_group(
-    layout: ModelLayout, estimators: Sequence[Estimator], place: int, layers: str
-) -> None:
-    unknown = None
-    for estimator in estimators:
         try:
-            layout.groups_of(estimator, layers)
+            ModelLayout.of(layout).check_layers(with_layers, layers)
         except UnknownLayers as error:
-            unknown = unknown or error
-        else:
-            return
-    if unknown is not None:
-        field = f"layer_groups.{place}"
-        raise AuditRefused("unknown_layers", str(unknown), field=field) from unknown
+            field = f"layer_groups.{place}"
+            raise AuditRefused("unknown_layers", str(error), field=field) from error
+    return layout
 
 
 def _num_checkpoints(context: StageContext) -> int:
     return len(learning_rates(context)) if wishes_of(context).checkpoints else 0
+
+
+def _num_probe_shards(context: StageContext, runtime: Runtime, plan: MemoryPlan) -> int:
+    if not needs_probes(context.request.stored()):
+        return 0
+    return math.ceil(num_probes(context, len(runtime.train)) / plan.samples_per_shard)
 
 
 def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:

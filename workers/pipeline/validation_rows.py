@@ -12,6 +12,7 @@ from torch import Tensor
 from workers.influence.rows import GradientRows
 from workers.pipeline.artifacts import write_tensors
 from workers.pipeline.context import StageContext
+from workers.pipeline.estimating import wishes_of
 from workers.pipeline.facts import Facts
 from workers.pipeline.memory import in_batches, plan_batches
 from workers.pipeline.runtime import Runtime
@@ -37,7 +38,7 @@ def collect_validation(context: StageContext, runtime: Runtime) -> ValidationRow
     samples, num_modules = runtime.trusted, len(runtime.extractor.modules)
     parts: list[list[GradientRows]] = [[] for _ in range(num_modules)]
     hidden: list[Tensor] = []
-    facts = Facts(len(samples), num_modules)
+    facts = Facts(len(samples), num_modules, features=wishes_of(context).features)
     batches = plan_batches(samples.length_T, runtime.limits)
     index_V = torch.cat(batches)
 

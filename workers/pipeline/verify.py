@@ -16,6 +16,7 @@ from workers.pipeline.fine_tune import adapted_model
 from workers.pipeline.prepare import Prepared
 from workers.pipeline.runtime import forget_runtime
 from workers.pipeline.samples import NO_CLASS, SampleSet
+from workers.pipeline.splitting import is_trained_on
 from workers.pipeline.training import Diverged, Runner, Training, train
 
 
@@ -55,8 +56,8 @@ def _outcome(context: StageContext, device: torch.device) -> dict[str, Tensor]:
     runner = Runner(model, prepared, device)
     training = Training(
         samples=samples,
-        index_N=data.is_kept_T.nonzero().flatten(),
-        validation=SampleSet(artifacts.validation) if context.request.validation else None,
+        index_N=(data.is_kept_T & is_trained_on(artifacts, len(samples))).nonzero().flatten(),
+        validation=SampleSet(artifacts.validation) if context.has_validation else None,
         options=options,
         checkpoint=artifacts.training_checkpoint(context.claim.position),
     )

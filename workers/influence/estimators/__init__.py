@@ -15,7 +15,7 @@ from workers.influence.estimators.base import (
     SampleFacts,
     WordEmbeddingEstimator,
 )
-from workers.influence.estimators.baselines import Loss, Oracle, Random
+from workers.influence.estimators.baselines import Confidence, Loss, Oracle, Random
 from workers.influence.estimators.datainf import DataInf
 from workers.influence.estimators.datainf_self import DataInfSelf
 from workers.influence.estimators.ekfac import EKFAC
@@ -67,6 +67,7 @@ _CLASSES: tuple[type[Estimator], ...] = (
     RepSim,
     SelfInfluence,
     Loss,
+    Confidence,
     Random,
     Oracle,
 )

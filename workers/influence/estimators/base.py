@@ -40,6 +40,7 @@ class Estimator(ABC):
         needs_checkpoints: whether it needs several states of the model.
         needs_word_embeddings: whether it looks at the gradients of the word embeddings.
         needs_hidden_states: whether it looks at hidden states.
+        needs_features: it needs the model's last hidden states, kept.
         needs_classes: whether samples must have classes.
     """
 
@@ -55,6 +56,7 @@ class Estimator(ABC):
     needs_word_embeddings: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
     needs_classes: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, described in self.parameters().items():
@@ -273,11 +275,14 @@ class SampleFacts:
         loss_T: float32, the loss at the checkpoint.
         is_noisy_T: bool, the known noise; None where nobody knows.
         seed: of whatever is drawn.
+        confidence_T: float32, the probability of the given class by a model that has not seen the
+            sample; None where there is none.
     """
 
     loss_T: Tensor
     is_noisy_T: Tensor | None
     seed: int
+    confidence_T: Tensor | None = None
 
 
 class Baseline(Estimator):

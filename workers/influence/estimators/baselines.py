@@ -16,6 +16,24 @@ class Loss(Baseline):
         return -facts.loss_T
 
 
+class Confidence(Baseline):
+    """The probability of the given class, out of sample: P(y_i | x_i)."""
+
+    name = "confidence"
+    description = (
+        "How likely a simple model, that has not seen the sample, finds the given class: cheap and "
+        "strong on classifiers."
+    )
+    needs_validation = True
+    needs_classes = True
+    needs_features = True
+
+    def score(self, facts: SampleFacts) -> Tensor:
+        if facts.confidence_T is None:
+            raise ValueError("the confidence needs out-of-sample probabilities of the classes.")
+        return facts.confidence_T
+
+
 class Random(Baseline):
     """A seeded draw, the same for the same seed and number of samples."""
 
