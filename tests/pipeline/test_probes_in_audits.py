@@ -165,7 +165,7 @@ class TestSameBytes:
 
     @pytest.fixture
     def submit(self, workplace: Workplace, models: Models) -> Callable[..., str]:
-        data = workplace.reviews(num_train=70)
+        data = loops.sets(workplace, tiny.reviews(70, seed=0, labels=(0, 1)))
 
         def submit(**request: Any) -> str:
             return workplace.submit(
