@@ -13,6 +13,7 @@ Reference = Annotated[str, StringConstraints(min_length=1, max_length=1000, stri
 ModuleName = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9_.]{1,200}|all-linear)$")]
 Task = Literal["classification", "causal_lm"]
 _LAYERS = r"(all|WE|CL|\d{2,3}(-\d{2,3})?)"
+Layers = Annotated[str, StringConstraints(max_length=1000, pattern=rf"^{_LAYERS}(,{_LAYERS})*$")]
 
 
 class Strict(BaseModel):
@@ -153,10 +154,8 @@ class RankingSpecification(Strict):
         description="An estimator; or auto: the configuration that finds the planted probes best; "
         "or consensus: several of them and the loss, fused by rank.",
     )
-    layers: str = Field(
+    layers: Layers | Auto = Field(
         AUTO,
-        max_length=1000,
-        pattern=rf"^(auto|{_LAYERS}(,{_LAYERS})*)$",
         description="Which layers count: all, CL (the head), WE (the word embeddings), a block "
         "(04), a range of blocks (02-03), or several of these with commas (02-03,05,CL). "
         "GET /v1/audits/{id}/layers lists the groups of a model. auto: the group that finds the "
@@ -277,6 +276,13 @@ class AuditRequest(Strict):
         ],
         max_length=len(AggregationName),
         description="Aggregations to compute and compare; the ranking's own is always among them.",
+    )
+    layer_groups: list[Layers] | None = Field(
+        None,
+        min_length=1,
+        max_length=50,
+        description="Layers to compute and compare, as in ranking.layers; the ranking's own are "
+        "always among them. Default: every layer group of the model.",
     )
     ranking: RankingSpecification = Field(default_factory=RankingSpecification)
     probes: Probes = Field(

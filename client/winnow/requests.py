@@ -137,16 +137,26 @@ class RankingRequest(RankingSpecification):
     flag: Flag | Literal["auto"] | None = None
 
 
+class Configurations(Request):
+    """Every configuration of the audit's table, each an arm of its own; or some of them."""
+
+    correct_only: list[bool] | None = None
+    estimators: list[str] | None = None
+    aggregations: list[str] | None = None
+
+
 class Verify(Request):
     """Fine-tune again without the lowest-scored samples, and measure on the test set.
 
-    `arms` are of filtered, relabelled, full, random and oracle; each of `rankings` is one more.
+    `arms` are of filtered, relabelled, full, random and oracle; each of `rankings` is one more, and
+    so is every one of the `configurations`.
     """
 
     fraction: float | None = None
     seeds: list[int] | None = None
     arms: list[str] | None = None
     rankings: list[Configuration] | None = None
+    configurations: Configurations | None = None
     confidence: float | None = None
 
 
@@ -167,6 +177,7 @@ class AuditRequest(Request):
     estimators: list[str] | Literal["auto"] | None = None
     estimator_parameters: dict[str, dict[str, float]] | None = None
     aggregations: list[str] | None = None
+    layer_groups: list[str] | None = None
     ranking: RankingSpecification | None = None
     probes: Probes | None = None
     flag: Flag | Literal["auto"] | None = None
@@ -175,4 +186,48 @@ class AuditRequest(Request):
     precision: str | None = None
     max_nonfinite_fraction: float | None = None
     seed: int | None = None
+    metadata: dict[str, str] | None = None
+
+
+class ExperimentTask(Request):
+    """A model and the data that it is fine-tuned, judged and tested on."""
+
+    name: str
+    task: str | None = None
+    model: ModelSource
+    train: DatasetSource
+    validation: DatasetSource | None = None
+    test: DatasetSource | None = None
+    fine_tune: FineTune | None = None
+    max_tokens: int | None = None
+    precision: str | None = None
+
+
+class ExperimentVerify(Request):
+    """Fine-tune again without what the configurations put lowest; or of some of them only."""
+
+    fraction: float | None = None
+    estimators: list[str] | None = None
+    aggregations: list[str] | None = None
+
+
+class ExperimentRequest(Request):
+    """Tasks × seeds × estimators × layer groups × aggregations; README.md explains it.
+
+    To leave out the verification, or to use noise that is known, send the body as a dict with
+    `verify` or `noise_fraction` None.
+    """
+
+    tasks: list[ExperimentTask]
+    seeds: list[int] | None = None
+    estimators: list[str] | None = None
+    estimator_parameters: dict[str, dict[str, float]] | None = None
+    layer_groups: list[str] | None = None
+    aggregations: list[str] | None = None
+    correct_only: list[bool] | None = None
+    vote_fraction: float | None = None
+    trim_fraction: float | None = None
+    common_share: float | None = None
+    noise_fraction: float | None = None
+    verify: ExperimentVerify | None = None
     metadata: dict[str, str] | None = None

@@ -149,7 +149,7 @@ def upload(client: TestClient, name: str, content: str) -> dict[str, str]:
                 ({"seeds": list(range(21))}, "seeds", "at most 20"),
                 ({"seeds": [-1]}, "seeds/0", "greater than or equal to 0"),
                 ({"arms": ["full", "full"]}, "arms", "name each only once"),
-                ({"arms": []}, "arms", "at least one of arms and rankings"),
+                ({"arms": []}, "arms", "at least one of arms, rankings and configurations"),
                 ({"arms": ["best"]}, "arms/0", "'filtered'"),
                 ({"arms": ["full", "oracle"]}, "arms/1", "arm oracle needs known noise"),
                 ({"confidence": 1}, "confidence", "less than or equal to 0.999"),

@@ -133,6 +133,7 @@ class Scorer:
         *,
         aggregations: Sequence[str],
         ranking: Configuration,
+        layer_groups: Sequence[str] | None = None,
         is_alone: bool = False,
     ) -> Scored:
         """Compute the scores of every configuration, and keep those of the ranking.
@@ -141,6 +142,8 @@ class Scorer:
             estimators: with their parameters.
             aggregations: names; the ranking's own is always among them.
             ranking: what ranks.
+            layer_groups: layer expressions in place of the standard groups; an estimator takes
+                those that it has.
             is_alone: compute with the ranking's `correct_only` alone, not with both.
 
         Raises:
@@ -164,7 +167,11 @@ class Scorer:
             def tick(share: float, number: int = number) -> None:
                 self._tick(int(_STEPS * (number + share)), _STEPS * len(estimators))
 
-            groups = self._groups(estimator, ranking.layers, is_ranking=is_ranking)
+            groups = self._groups(
+                estimator, ranking.layers, layer_groups=layer_groups, is_ranking=is_ranking
+            )
+            if not groups:
+                continue
             has_pairs = estimator.kind == "pairwise"
             choices: tuple[bool, ...] = (False,)
             if has_pairs:
@@ -249,14 +256,27 @@ class Scorer:
         )
 
     def _groups(
-        self, estimator: Estimator, layers: str, *, is_ranking: bool
+        self,
+        estimator: Estimator,
+        layers: str,
+        *,
+        layer_groups: Sequence[str] | None,
+        is_ranking: bool,
     ) -> dict[str, tuple[int, ...]]:
+        own = {}
         try:
-            return self._layout.groups_of(estimator, layers)
+            own = self._layout.groups_of(estimator, layers)
         except UnknownLayers:
             if is_ranking:
                 raise
-            return self._layout.standard_groups(estimator)
+        if layer_groups is None:
+            return own or self._layout.standard_groups(estimator)
+        groups = {
+            asked: found
+            for asked in layer_groups
+            if (found := self._layout.rows_of(estimator, asked)) is not None
+        }
+        return groups | ({layers: own[layers]} if is_ranking else {})
 
     def _columns(self, estimator: Estimator) -> Tensor:
         """Return which columns of an estimator's files count: validation samples, or classes."""

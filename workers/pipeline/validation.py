@@ -8,7 +8,7 @@ Shapes: V validation samples, M modules.
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from workers.influence.estimators import (
     CheckpointEstimator,
     ClassEstimator,
     CurvatureEstimator,
+    Estimator,
     HiddenStateEstimator,
     WordEmbeddingEstimator,
 )
@@ -92,7 +93,8 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
     """Return what the aggregation needs to know of the modules.
 
     Raises:
-        AuditRefused: a ranking's estimator has not the asked layers in this model.
+        AuditRefused: a ranking's estimator has not the asked layers in this model, or no
+            estimator has those of a layer group.
     """
     extractor = runtime.extractor
     sparse = [module for module, spec in enumerate(extractor.modules) if spec.form == "sparse"]
@@ -114,7 +116,26 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
         except UnknownLayers as error:
             field = ".".join((*map(str, path), "layers"))
             raise AuditRefused("unknown_layers", str(error), field=field) from error
+    with_layers = [estimator for estimator in estimators.values() if estimator.axis != "none"]
+    for place, layers in enumerate(context.request.layer_groups or ()):
+        _check_layer_group(ModelLayout.of(layout), with_layers, place, layers)
     return layout
+
+
+def _check_layer_group(
+    layout: ModelLayout, estimators: Sequence[Estimator], place: int, layers: str
+) -> None:
+    unknown = None
+    for estimator in estimators:
+        try:
+            layout.groups_of(estimator, layers)
+        except UnknownLayers as error:
+            unknown = unknown or error
+        else:
+            return
+    if unknown is not None:
+        field = f"layer_groups.{place}"
+        raise AuditRefused("unknown_layers", str(unknown), field=field) from unknown
 
 
 def _num_checkpoints(context: StageContext) -> int:
