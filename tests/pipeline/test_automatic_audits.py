@@ -3,6 +3,7 @@
 Shapes: T training samples, P probes.
 """
 
+import itertools
 import statistics
 from typing import Any
 
@@ -26,7 +27,7 @@ def rows_of(workplace: Workplace, audit: Audit) -> list[Any]:
     rows = workplace.ranked_rows(audit.id)
     assert [row.rank for row in rows] == list(range(audit.num_train or 0))
     assert sorted(row.sample_index for row in rows) == list(range(audit.num_train or 0))
-    assert all(one.score <= other.score for one, other in zip(rows, rows[1:], strict=False))
+    assert all(one.score <= other.score for one, other in itertools.pairwise(rows))
     assert sum(row.flagged for row in rows) == audit.summary["num_flagged"]
     noise = audit.summary["noise"]
     probabilities = [row.noise_probability for row in rows]

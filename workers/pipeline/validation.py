@@ -184,11 +184,14 @@ def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
         samples_per_shard=context.settings.samples_per_shard,
     )
     num_shards = -(-num_train // plan.samples_per_shard)
+    num_samples = num_train
+    if needs_probes(context.request.stored()):
+        num_samples += num_probes(context, num_train)
     held = workload.row_floats * (1 + _num_checkpoints(context))
     held += workload.dense_floats * workload.num_curvature
     _check_disk(
         context,
-        FLOAT32 * (num_train * workload.influence_floats + num_validation * held)
+        FLOAT32 * (num_samples * workload.influence_floats + num_validation * held)
         + FLOAT32 * num_shards * sums
         + min(cache_bytes, context.settings.max_gradient_cache_bytes),
     )
