@@ -37,6 +37,8 @@ ANSWERS = [
         "SampleDetail": app.audits.answers,
         "GroupStanding": app.audits.answers,
         "RelatedSample": app.audits.answers,
+        "AlikeSample": app.audits.answers,
+        "ClassProbability": app.audits.answers,
         "Dataset": app.datasets.schemas,
         "Estimator": app.catalogue,
         "Aggregation": app.catalogue,

@@ -100,8 +100,8 @@ def test_cosines_are_right_on_average(form: Form) -> None:
         torch.testing.assert_close(cosine_DNN[:, 0, 2], torch.full((400,), -1.0))
 
 
-@pytest.mark.parametrize("options", [{}, {"longest": 4}], ids=["dense", "factored"])
-def test_cosines_of_a_models_gradients(options: dict[str, int]) -> None:
+@pytest.mark.parametrize("longest", [None, 4], ids=["dense", "factored"])
+def test_cosines_of_a_models_gradients(longest: int | None) -> None:
     """All modules together, whatever form they are held in, and the word embeddings left out."""
     model = tiny_model("classification", "bert")
     token_ids, labels = samples_for("classification", 24)
@@ -109,12 +109,12 @@ def test_cosines_of_a_models_gradients(options: dict[str, int]) -> None:
     targets = ["query", "value", "dense", "LayerNorm"]
     loop, _ = loop_gradients(model, token_ids, labels)
     with GradientExtractor(
-        model, target_modules=targets, word_embeddings=True, **options
+        model, target_modules=targets, word_embeddings=True, longest=longest
     ) as extractor:
         batch = run(extractor, token_ids, labels)
         names = [item.name for item in extractor.modules if item.form != "sparse"]
         assert {item.form for item in extractor.modules} == {"dense", "sparse"} | (
-            {"factored"} if options else set()
+            {"factored"} if longest else set()
         )
         sketch_NK = GradientSketch(extractor.modules, device=extractor.device).sketch(
             batch.gradients

@@ -101,7 +101,8 @@ def _sketch_rows(rows: GradientRows, sides: Sequence["_CountSketch"]) -> Tensor:
 def _convolve(x_BSK: Tensor, g_BSK: Tensor) -> Tensor:
     """Return the circular convolutions, summed over the tokens, [B, K]."""
     product_BSK = torch.fft.rfft(x_BSK) * torch.fft.rfft(g_BSK)
-    return torch.fft.irfft(product_BSK.sum(dim=1), n=NUM_BUCKETS)
+    sum_BK: Tensor = torch.fft.irfft(product_BSK.sum(dim=1), n=NUM_BUCKETS)
+    return sum_BK
 
 
 class _CountSketch:
