@@ -30,6 +30,7 @@ from workers.influence.estimators import (
 from workers.influence.kronecker import MAX_SIDE
 from workers.influence.layer_groups import UnknownLayers
 from workers.influence.rows import SparseRows
+from workers.influence.sketch import sketch_floats
 from workers.pipeline.agreement import compare_projection
 from workers.pipeline.artifacts import write_json, write_tensors
 from workers.pipeline.checkpoints import learning_rates
@@ -172,7 +173,7 @@ def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
         dense_floats=dense_floats,
         largest_floats=max(sizes, default=0) if curvature else 0,
         num_curvature=len(curvature),
-        held_floats=sums,
+        held_floats=sums + sketch_floats(specs),
         influence_floats=_influence_floats(context, runtime, num_validation),
         activation_floats=runtime.activation_floats,
         keeps_gradients=keeps_gradients,
