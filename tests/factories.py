@@ -257,7 +257,9 @@ def make_ranking(
     ranking_id = new_id("rnk")
     request = RankingSpecification.model_validate(
         {
-            **{"estimator": "grad_cosine", "layers": "all", "aggregation": "mean"},
+            "estimator": "grad_cosine",
+            "layers": "all",
+            "aggregation": "mean",
             **specification,
         }
     )
