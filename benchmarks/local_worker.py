@@ -64,19 +64,6 @@ class LocalWorker:
             work.add_units(session, audit.id, Stage.PREPARE)
         return self.finish(audit.id, after_unit)
 
-    def finish(self, audit_id: str, after_unit: Callable[[Stage], None] = lambda _: None) -> Audit:
-        """Do an audit that was submitted, to its end.
-
-        Raises:
-            RuntimeError: the audit failed; with its message.
-        """
-        self._work(audit_id, after_unit)
-        with transaction(self.engine) as session:
-            ended = session.get_one(Audit, audit_id)
-        if ended.state != "succeeded":
-            raise RuntimeError(f"{ended.error_code}: {ended.error_message}")
-        return ended
-
     def rank(self, audit: Audit, request: dict[str, Any]) -> Ranking:
         """Rank a finished audit again.
 
@@ -100,6 +87,19 @@ class LocalWorker:
         self._work(audit.id, lambda _: None)
         with transaction(self.engine) as session:
             ended = session.get_one(Ranking, ranking_id)
+        if ended.state != "succeeded":
+            raise RuntimeError(f"{ended.error_code}: {ended.error_message}")
+        return ended
+
+    def finish(self, audit_id: str, after_unit: Callable[[Stage], None] = lambda _: None) -> Audit:
+        """Do an audit that was submitted, to its end.
+
+        Raises:
+            RuntimeError: the audit failed; with its message.
+        """
+        self._work(audit_id, after_unit)
+        with transaction(self.engine) as session:
+            ended = session.get_one(Audit, audit_id)
         if ended.state != "succeeded":
             raise RuntimeError(f"{ended.error_code}: {ended.error_message}")
         return ended

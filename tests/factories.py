@@ -255,7 +255,14 @@ def make_ranking(
     With settings it is finished, and orders the samples by their index: sample i at rank i.
     """
     ranking_id = new_id("rnk")
-    request = RankingSpecification.model_validate({"aggregation": "mean", **specification})
+    request = RankingSpecification.model_validate(
+        {
+            "estimator": "grad_cosine",
+            "layers": "all",
+            "aggregation": "mean",
+            **specification,
+        }
+    )
     ranking = Ranking(
         id=ranking_id,
         audit_id=audit.id,

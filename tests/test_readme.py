@@ -99,8 +99,8 @@ def test_every_call_is_listed() -> None:
     routers = [
         audit_routes.router,
         audit_routes.results_router,
-        experiment_routes.router,
         ranking_routes.router,
+        experiment_routes.router,
         dataset_routes.router,
         catalogue_routes.router,
         health.router,

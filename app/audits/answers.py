@@ -349,12 +349,54 @@ class RelatedSample(BaseModel):
     influence: float = Field(description="Mean over the ranking's modules; negative harms.")
 
 
+class AlikeSample(BaseModel):
+    """Another training sample, and how its gradient lies to that of the sample."""
+
+    index: int
+    text: str
+    text_pair: str | None
+    given_label: str | None
+    predicted_label: str | None
+    similarity: float = Field(
+        description="Cosine of the two gradients over all modules but the word embeddings, from "
+        "sketches, right within some 0.06: 1 for samples that do the same to the model, -1 for "
+        "the opposite."
+    )
+    has_other_label: bool | None = Field(
+        description="Whether the given labels differ; None for a causal language model."
+    )
+
+
+class ClassProbability(BaseModel):
+    """How likely a class is."""
+
+    label: str
+    probability: float = Field(description="By the audited model.")
+    out_of_sample: float | None = Field(
+        description="By a simple model on the audited one's features, fitted without the sample; "
+        "None where the audit did not need one."
+    )
+
+
 class SampleDetail(Suspect):
     """One training sample with the evidence."""
 
     layer_groups: list[GroupStanding]
     harms_most: list[RelatedSample]
     helps_most: list[RelatedSample]
+    most_alike: list[AlikeSample] | None = Field(
+        description="The training samples that do most the same to the model: duplicates, first "
+        "of all. None where nobody looked: beyond 20,000 training samples only the 10,000 most "
+        "suspect of the audit's own ranking are compared."
+    )
+    most_opposed: list[AlikeSample] | None = Field(
+        description="Those that do most the opposite: near-duplicates with other labels, first of "
+        "all. None as above."
+    )
+    class_probabilities: list[ClassProbability] | None = Field(
+        description="In the order of results.labels; beyond 100 classes those of the ten most "
+        "probable. None for a causal language model, and where the model says nothing finite."
+    )
     ranking_id: str
     score_order: str = ScoreOrder
 

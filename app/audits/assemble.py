@@ -1,6 +1,6 @@
 """Make answers out of rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from operator import itemgetter
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from app.audits.models import (
     TrainingSample,
     ValidationSample,
 )
-from app.audits.repository import SuspectRow
+from app.audits.repository import NamedSample, SuspectRow
 from app.work.models import Stage
 
 FILE_FORMATS = get_args(answers.FileFormat)
@@ -159,22 +159,34 @@ def assemble_suspect(row: SuspectRow) -> answers.Suspect:
     return answers.Suspect(**_suspect_fields(ranked, sample))
 
 
-def assemble_sample(
-    ranking: Ranking, row: SuspectRow, validation: Mapping[int, ValidationSample]
-) -> answers.SampleDetail:
+def assemble_sample(ranking: Ranking, named: NamedSample) -> answers.SampleDetail:
     """Return one training sample with the evidence.
 
     Args:
         ranking: its summary names the layer groups.
-        row: its place in the ranking.
-        validation: the validation samples that the place names, by index.
+        named: the sample's place in it.
     """
-    ranked, sample = row
+    ranked, sample = named.row
 
     def related(indices: list[int], influences: list[float]) -> list[answers.RelatedSample]:
         return [
-            _related(validation[index], influence)
+            answers.RelatedSample(**_identity(named.validation[index]), influence=influence)
             for index, influence in zip(indices, influences, strict=True)
+        ]
+
+    def alike(
+        indices: list[int] | None, cosines: list[float] | None
+    ) -> list[answers.AlikeSample] | None:
+        if indices is None or cosines is None:
+            return None
+        others = [named.training[index] for index in indices]
+        return [
+            answers.AlikeSample(
+                **_identity(other),
+                similarity=cosine,
+                has_other_label=other.given_label != sample.given_label if named.labels else None,
+            )
+            for other, cosine in zip(others, cosines, strict=True)
         ]
 
     standings = zip(
@@ -188,8 +200,26 @@ def assemble_sample(
         ],
         harms_most=related(ranked.harmed_validation, ranked.harmed_influence),
         helps_most=related(ranked.helped_validation, ranked.helped_influence),
+        most_alike=alike(sample.alike_training, sample.alike_cosine),
+        most_opposed=alike(sample.opposed_training, sample.opposed_cosine),
+        class_probabilities=_class_probabilities(sample, named.labels),
         ranking_id=ranked.ranking_id,
     )
+
+
+def _class_probabilities(
+    sample: TrainingSample, labels: Sequence[str]
+) -> list[answers.ClassProbability] | None:
+    probabilities = sample.class_probabilities
+    if probabilities is None:
+        return None
+    classes = sample.shown_classes or range(len(labels))
+    nothing: list[None] = [None] * len(probabilities)
+    out_of_sample = sample.out_of_sample_probabilities or nothing
+    return [
+        answers.ClassProbability(label=labels[index], probability=one, out_of_sample=other)
+        for index, one, other in zip(classes, probabilities, out_of_sample, strict=True)
+    ]
 
 
 def assemble_layers(summary: Mapping[str, Any]) -> answers.LayerTable:
@@ -228,12 +258,11 @@ def _suspect_fields(ranked: RankedSample, sample: TrainingSample) -> dict[str, A
     }
 
 
-def _related(sample: ValidationSample, influence: float) -> answers.RelatedSample:
-    return answers.RelatedSample(
-        index=sample.sample_index,
-        text=sample.text,
-        text_pair=sample.text_pair,
-        given_label=sample.given_label,
-        predicted_label=sample.predicted_label,
-        influence=influence,
-    )
+def _identity(sample: TrainingSample | ValidationSample) -> dict[str, Any]:
+    return {
+        "index": sample.sample_index,
+        "text": sample.text,
+        "text_pair": sample.text_pair,
+        "given_label": sample.given_label,
+        "predicted_label": sample.predicted_label,
+    }

@@ -34,12 +34,12 @@ def needs_probes(request: Mapping[str, Any]) -> bool:
     if estimator.has_layers and AUTO in {ranking["layers"], ranking["aggregation"]}:
         return True
     # where there are classes, validation samples with wrong ones do for the flag
-    return bool(request["flag"] == AUTO and request["task"] != "classification")
+    return bool(request["flag"] == AUTO and _task_of(request) != "classification")
 
 
 def needs_features(request: Mapping[str, Any]) -> bool:
     """Return whether a simple model is asked, out of sample, how likely each class is."""
-    if request["task"] != "classification":
+    if _task_of(request) != "classification":
         return False
     asked = set(_asked(request))
     if EstimatorName.CONFIDENCE in asked:
@@ -67,6 +67,11 @@ def _asked(request: Mapping[str, Any]) -> Iterator[str]:
             yield from _CURVATURE
     verify = request.get("verify")
     yield from (ranking["estimator"] for ranking in (verify["rankings"] if verify else ()))
+
+
+def _task_of(request: Mapping[str, Any]) -> str:
+    """Return the task; the first version knew one alone."""
+    return str(request.get("task", "classification"))
 
 
 def _need_validation(names: Iterable[str]) -> bool:

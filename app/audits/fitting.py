@@ -136,8 +136,8 @@ def _check_configurations(request: "AuditRequest", configurations: Configuration
 
 def _check_layer_groups(request: "AuditRequest") -> None:
     """Check the layers that the table is asked for, as far as no model is needed."""
-    names = [name for _, name in named_estimators(request)]
-    needs = {need for name in names for need in ESTIMATORS[name].needs}
+    named = [name for _, name in named_estimators(request)]
+    needs = {need for name in named for need in ESTIMATORS[name].needs}
     looks_at_words = request.model.word_embeddings or "word_embeddings" in needs
     seen: set[str] = set()
     for place, layers in enumerate(request.layer_groups or ()):

@@ -18,7 +18,8 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, MappedColumn, mapped_column
+from sqlalchemy.types import TypeEngine
 
 from app.db import Base
 from app.experiments.models import Experiment
@@ -159,6 +160,14 @@ class Ranking(Base):
         return f"results/{ranking_id}"
 
 
+EVIDENCE = "evidence"
+
+
+def evidence(of: type[TypeEngine[Any]]) -> MappedColumn[Any]:
+    """Return a column of lists that is loaded only where it is asked for."""
+    return mapped_column(ARRAY(of), deferred=True, deferred_group=EVIDENCE)
+
+
 class TrainingSample(Base):
     """What an audit saw and the model said of one training sample."""
 
@@ -177,6 +186,15 @@ class TrainingSample(Base):
     loss: Mapped[float] = mapped_column(REAL)
     is_noisy: Mapped[bool | None]
     non_finite: Mapped[bool] = mapped_column(default=False, server_default=false())
+
+    # read with a single sample only; pages of many do without
+    alike_training: Mapped[list[int] | None] = evidence(Integer)
+    alike_cosine: Mapped[list[float] | None] = evidence(REAL)
+    opposed_training: Mapped[list[int] | None] = evidence(Integer)
+    opposed_cosine: Mapped[list[float] | None] = evidence(REAL)
+    shown_classes: Mapped[list[int] | None] = evidence(Integer)  # null for all of them
+    class_probabilities: Mapped[list[float] | None] = evidence(REAL)
+    out_of_sample_probabilities: Mapped[list[float] | None] = evidence(REAL)
 
 
 class ValidationSample(Base):

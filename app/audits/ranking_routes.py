@@ -224,8 +224,7 @@ def get_ranking_sample(
         results = service.results_of(
             session, tenant=tenant, audit_id=audit_id, ranking_id=ranking_id
         )
-        row, validation = results.sample(index)
-        return assemble_sample(results.ranking, row, validation)
+        return assemble_sample(results.ranking, results.sample(index))
 
 
 @router.get(

@@ -1,13 +1,21 @@
 """Queries on audits; the tenant is in every one."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import Row, Select, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, undefer_group
 
-from app.audits.models import Audit, RankedSample, Ranking, TrainingSample, ValidationSample
+from app.audits.models import (
+    EVIDENCE,
+    Audit,
+    RankedSample,
+    Ranking,
+    TrainingSample,
+    ValidationSample,
+)
 
 
 def find_audit(
@@ -112,6 +120,22 @@ def lock_unfinished_rankings(session: Session, audit_id: str) -> list[str]:
 SuspectRow = Row[RankedSample, TrainingSample]
 
 
+@dataclass(frozen=True)
+class NamedSample:
+    """A training sample's place in a ranking with the samples that it names.
+
+    Attributes:
+        validation: the validation samples, by index.
+        training: the other training samples, by index.
+        labels: the audit's classes; none for a causal language model.
+    """
+
+    row: SuspectRow
+    validation: Mapping[int, ValidationSample]
+    training: Mapping[int, TrainingSample]
+    labels: Sequence[str]
+
+
 def _suspects(ranking: Ranking) -> Select[RankedSample, TrainingSample]:
     is_same_sample = (TrainingSample.audit_id == ranking.audit_id) & (
         TrainingSample.sample_index == RankedSample.sample_index
@@ -156,9 +180,20 @@ def _as_stored(score: float) -> float:
 
 
 def find_sample(session: Session, ranking: Ranking, index: int) -> SuspectRow | None:
-    """Return one training sample by its row in the training file."""
+    """Return one training sample by its row in the training file, with the evidence."""
     statement = _suspects(ranking).where(RankedSample.sample_index == index)
+    statement = statement.options(undefer_group(EVIDENCE))
     return session.execute(statement).one_or_none()
+
+
+def training_samples(
+    session: Session, audit_id: str, indices: Sequence[int]
+) -> dict[int, TrainingSample]:
+    """Return training samples by their rows."""
+    statement = select(TrainingSample).where(
+        TrainingSample.audit_id == audit_id, TrainingSample.sample_index.in_(indices)
+    )
+    return {sample.sample_index: sample for sample in session.scalars(statement)}
 
 
 def validation_samples(

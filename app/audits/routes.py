@@ -235,8 +235,7 @@ def get_sample(
     """Get one training sample with its standing by layer group and whom it harms and helps."""
     with Session(engine) as session:
         results = service.results_of(session, tenant=tenant, audit_id=audit_id)
-        row, validation = results.sample(index)
-        return assemble_sample(results.ranking, row, validation)
+        return assemble_sample(results.ranking, results.sample(index))
 
 
 @results_router.get(

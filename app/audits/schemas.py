@@ -154,10 +154,8 @@ class RankingSpecification(Strict):
         description="An estimator; or auto: the configuration that finds the planted probes best; "
         "or consensus: several of them and the loss, fused by rank.",
     )
-    layers: str = Field(
+    layers: Layers | Auto = Field(
         AUTO,
-        max_length=1000,
-        pattern=rf"^(auto|{_LAYERS}(,{_LAYERS})*)$",
         description="Which layers count: all, CL (the head), WE (the word embeddings), a block "
         "(04), a range of blocks (02-03), or several of these with commas (02-03,05,CL). "
         "GET /v1/audits/{id}/layers lists the groups of a model. auto: the group that finds the "

@@ -12,8 +12,8 @@ from app.audits import repository
 from app.audits.checks import check_request, missing_upload, uploads_of
 from app.audits.folders import audit_folder
 from app.audits.idempotency import KeyedCall
-from app.audits.models import Audit, AuditState, Ranking, ValidationSample
-from app.audits.repository import SuspectRow
+from app.audits.models import Audit, AuditState, Ranking
+from app.audits.repository import NamedSample
 from app.audits.schemas import AuditRequest
 from app.datasets.repository import keep_datasets
 from app.db import new_id, transaction
@@ -195,8 +195,8 @@ class Results:
     audit: Audit
     ranking: Ranking
 
-    def sample(self, index: int) -> tuple[SuspectRow, dict[int, ValidationSample]]:
-        """Return a training sample's place and the validation samples that it names.
+    def sample(self, index: int) -> NamedSample:
+        """Return a training sample's place with the samples that it names.
 
         Raises:
             NotFound: the training set has no such row.
@@ -207,8 +207,15 @@ class Results:
                 f"The training set has no sample {index}; it has {self.audit.num_train}, "
                 "counted from 0."
             )
-        named = [*row[0].harmed_validation, *row[0].helped_validation]
-        return row, repository.validation_samples(self.session, self.audit.id, named)
+        ranked, sample = row
+        affected = [*ranked.harmed_validation, *ranked.helped_validation]
+        alike = [*(sample.alike_training or ()), *(sample.opposed_training or ())]
+        return NamedSample(
+            row,
+            repository.validation_samples(self.session, self.audit.id, affected),
+            repository.training_samples(self.session, self.audit.id, alike),
+            self.audit.summary["labels"],
+        )
 
 
 def results_of(session: Session, *, tenant: str, audit_id: str) -> Results:

@@ -141,11 +141,6 @@ class TestSubmitting:
             ),
             ({"verify": None}, "#/tasks/0/test", "only verify reads"),
             (
-                {"tasks": [experiment_task("a", validation=None)]},
-                "#/tasks/0/validation",
-                "needs a validation",
-            ),
-            (
                 {
                     "tasks": [experiment_task("a", fine_tune={"epochs": 1})],
                     "estimators": ["tracin"],

@@ -43,6 +43,8 @@ ANSWERS = [
         "SampleDetail": app.audits.answers,
         "GroupStanding": app.audits.answers,
         "RelatedSample": app.audits.answers,
+        "AlikeSample": app.audits.answers,
+        "ClassProbability": app.audits.answers,
         "Dataset": app.datasets.schemas,
         "Experiment": app.experiments.answers,
         "ExperimentAudit": app.experiments.answers,

@@ -61,12 +61,12 @@ def test_chance_is_the_mean_over_all_orders(num_probes: int, num_samples: int) -
 
 
 def test_luck_is_as_large_as_its_standard_error_says() -> None:
-    """Of scores that fall off exponentially, for which the formula is made."""
+    """Where suspicion falls off exponentially, for which the formula is made."""
     draw = torch.Generator().manual_seed(0)
     found = []
     for _ in range(400):
-        score_N = torch.empty(120).exponential_(generator=draw)
-        score_N[:30] = score_N[:30] / 4
+        score_N = -torch.empty(120).exponential_(generator=draw)
+        score_N[:30] *= 4
         found.append(oracles.auc_ndr(score_N.tolist(), [place < 30 for place in range(120)]))
     mean = statistics.fmean(found)
     error = standard_error(mean, num_probes=30, num_samples=120)

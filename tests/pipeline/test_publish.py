@@ -16,6 +16,7 @@ from app.audits.models import Ranking
 from app.db import new_id, transaction
 from tests.factories import CAUSAL_LM_REQUEST, TENANT, make_audit
 from tests.pipeline.workplace import Workplace
+from workers.pipeline.evidence import Evidence
 from workers.pipeline.publish import FILE_SCHEMA, RankedSet, copy_rows, name_labels, write_files
 from workers.pipeline.samples import NO_CLASS, SCHEMA, SampleSet, write_samples
 from workers.pipeline.training_facts import TrainingFacts
@@ -110,6 +111,7 @@ def test_rows_of_a_causal_language_model(workplace: Workplace, tmp_path: Path) -
             audit_id=audit.id,
             ranking_id=ranking_id,
             ranked=ranked_set(tmp_path / "train.arrow", has_labels=False),
+            evidence=Evidence(),
             validation=None,
             validation_facts={},
         )
@@ -139,6 +141,7 @@ def test_rows_of_validation_samples(workplace: Workplace, tmp_path: Path, has_la
             audit_id=audit.id,
             ranking_id=ranking_id,
             ranked=ranked,
+            evidence=Evidence(),
             validation=samples(tmp_path / "validation.arrow", has_labels=has_labels),
             validation_facts=facts,
         )

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, func, select, update
+from sqlalchemy.orm import undefer_group
 
 from app.audits.models import (
+    EVIDENCE,
     Audit,
     RankedSample,
     Ranking,
@@ -160,6 +162,7 @@ class Workplace:
     def training_rows(self, audit_id: str) -> list[TrainingSample]:
         """The training samples in the order of the file."""
         statement = select(TrainingSample).where(TrainingSample.audit_id == audit_id)
+        statement = statement.options(undefer_group(EVIDENCE))
         with transaction(self.engine) as session:
             return list(session.scalars(statement.order_by(TrainingSample.sample_index)))
 

@@ -15,6 +15,7 @@ from workers.pipeline.cancelling import describe_cancellation
 from workers.pipeline.checkpoints import finite_at_checkpoints
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import estimators_of
+from workers.pipeline.evidence import find_evidence
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.findings import Findings
 from workers.pipeline.non_finite import check_share, name_rows, no_samples, warn_of
@@ -37,12 +38,7 @@ def aggregate(context: StageContext) -> StageOutput:
     estimators = estimators_of(context)
     try:
         made = make_ranking(
-            context,
-            findings,
-            scorer,
-            estimators=estimators,
-            aggregations=request.aggregations,
-            layer_groups=request.layer_groups,
+            context, findings, scorer, estimators=estimators, aggregations=request.aggregations
         )
     except UnknownLayers as error:
         raise AuditRefused("unknown_layers", str(error), field="ranking.layers") from error
@@ -57,11 +53,12 @@ def aggregate(context: StageContext) -> StageOutput:
             scorer=scorer,
             estimators=estimators,
             score_T=ranked.group_scores[ranked.layers],
+            lead=made.choice.lead,
             suggested_T=ranked.judgement.suggested_T if ranked.judgement else None,
             table=made.summary["configurations"],
-            options=made.choice.lead,
         )
         provenance["num_trainings"] = len(plan.trainings)
+    evidence = find_evidence(context, findings, ranked.group_scores[ranked.layers])
     context.hold.keep_alive()
     # of the unit, so that a second try writes the same files to the same place
     ranking_id = f"rnk_{context.claim.unit_id.partition('_')[2]}"
@@ -77,6 +74,7 @@ def aggregate(context: StageContext) -> StageOutput:
             audit_id=context.claim.audit_id,
             ranking_id=ranking_id,
             ranked=ranked,
+            evidence=evidence,
             validation=validation,
             validation_facts=validation_facts,
         )

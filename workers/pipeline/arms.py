@@ -121,9 +121,9 @@ def plan_verification(
     scorer: Scorer,
     estimators: Sequence[Estimator],
     score_T: Tensor,
+    lead: Configuration,
     suggested_T: Tensor | None,
     table: Sequence[Mapping[str, Any]],
-    options: Configuration,
 ) -> Plan:
     """Decide what is trained, and write it down.
 
@@ -135,11 +135,11 @@ def plan_verification(
         scorer: scores the rankings.
         estimators: those of the audit, the rankings' own among them.
         score_T: of the audit's own ranking.
+        lead: the configuration that ranks; its options are the table's.
         suggested_T: the classes that it suggests; None for those that the model predicts.
         table: the configurations that the audit computed.
-        options: the parameters of their aggregations.
     """
-    rankings = rankings_of(verify, table, options=options)
+    rankings = rankings_of(verify, table, options=lead)
     orders = [order_by_score(scores_T) for scores_T in _scores(rankings, scorer, estimators)]
     arms: list[PlannedArm] = []
     data: dict[str, int] = {}

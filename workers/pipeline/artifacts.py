@@ -22,6 +22,7 @@ from app.audits.models import Ranking
 _NUMPY_DTYPES = {
     name: np.dtype(dtype)
     for name, dtype in (
+        ("F16", "<f2"),
         ("F32", "<f4"),
         ("F64", "<f8"),
         ("I32", "<i4"),

@@ -13,8 +13,8 @@ from workers.pipeline.samples import NO_CLASS
 class Facts:
     """Collects loss, prediction and gradient lengths of samples, batch by batch.
 
-    With `features` also what the model reads its answer from: the last block's hidden states and
-    the probabilities of the classes.
+    Of a classifier also the probabilities of the classes, and with `features` what it reads its
+    answer from: the last block's hidden states.
     """
 
     def __init__(self, num_samples: int, num_modules: int, *, features: bool = False) -> None:
@@ -38,15 +38,25 @@ class Facts:
         self._tensors["given_probability"][positions] = outcome.given_probability_B.cpu()
         self._tensors["squared_norm"][:, positions] = sample.squared_norm_MB.cpu()
         self._tensors["is_finite"][positions] = sample.is_finite_B.cpu()
-        if self._has_features and outcome.logits_BC is not None:
+        if outcome.logits_BC is not None:
             self._put_wide("class_probability", positions, outcome.logits_BC.softmax(dim=1))
-            if sample.hidden_LBH is not None:
+            if self._has_features and sample.hidden_LBH is not None:
                 self._put_wide("features", positions, sample.hidden_LBH[-1])
 
-    def _put_wide(self, name: str, positions: slice | Tensor, value_BW: Tensor) -> None:
+    def put_sketch(self, positions: slice | Tensor, sketch_BK: Tensor) -> None:
+        """Keep sketches of length 1 of a batch's gradients: float16 does for them."""
+        self._put_wide("sketch", positions, sketch_BK, dtype=torch.float16)
+
+    def _put_wide(
+        self,
+        name: str,
+        positions: slice | Tensor,
+        value_BW: Tensor,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         if name not in self._tensors:
-            self._tensors[name] = torch.zeros(self._num_samples, value_BW.shape[1])
-        self._tensors[name][positions] = value_BW.float().cpu()
+            self._tensors[name] = torch.zeros(self._num_samples, value_BW.shape[1], dtype=dtype)
+        self._tensors[name][positions] = value_BW.to("cpu", dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything; numbers of samples that are not finite are 0.

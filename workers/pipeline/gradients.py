@@ -43,11 +43,15 @@ def compute_gradients(context: StageContext) -> StageOutput:
     facts = Facts(len(shard), len(modules), features=wishes.features)
     totals = Totals(len(modules))
     kronecker: dict[int, KroneckerSums] = {}
+    # nobody asks what is like a probe
+    is_sketched = not (shard.is_probes or runtime.sketch.is_empty)
 
     def work(positions: slice, indices: Tensor) -> None:
         context.hold.tick(positions.start, len(shard))
         sample = runtime.extract(shard.samples, indices)
         facts.put(positions, sample)
+        if is_sketched:
+            facts.put_sketch(positions, runtime.sketch.sketch(sample.gradients))
         influence.add(positions, sample)
         for module, kept_Td in kept.items():
             kept_Td[positions] = sample.gradients[module].dense().cpu()

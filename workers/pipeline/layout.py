@@ -67,13 +67,6 @@ class ModelLayout:
             )
         return groups
 
-    def rows_of(self, estimator: Estimator, layers: str) -> tuple[int, ...] | None:
-        """Return which rows some layers have, None where the estimator has no such layers."""
-        try:
-            return self.groups_of(estimator, layers)[layers]
-        except UnknownLayers:
-            return None
-
     def check_layers(self, estimators: Sequence[Estimator], layers: str) -> None:
         """Check that one of several estimators at least has some layers.
 
@@ -88,6 +81,13 @@ class ModelLayout:
                     raise
             else:
                 return
+
+    def rows_of(self, estimator: Estimator, layers: str) -> tuple[int, ...] | None:
+        """Return which rows some layers have, None where the estimator has no such layers."""
+        try:
+            return self.groups_of(estimator, layers)[layers]
+        except UnknownLayers:
+            return None
 
     def standard_groups(self, estimator: Estimator) -> dict[str, tuple[int, ...]]:
         """Return the same without one more."""

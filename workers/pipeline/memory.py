@@ -58,7 +58,8 @@ class Workload:
         dense_floats: the part of them that passes through a curvature.
         largest_floats: that of the largest module among these.
         num_curvature: estimators whose queries are held beside the validation gradients.
-        held_floats: sums over all samples that are held: totals, and the factors of EK-FAC.
+        held_floats: sums over all samples that are held: totals, and the factors of EK-FAC; and
+            the draws of the sketches.
         influence_floats: influence of all estimators on one training sample.
         activation_floats: captured inputs, outputs and their gradients of one token.
         keeps_gradients: whether the dense gradients of a shard are buffered for later passes.

@@ -20,6 +20,7 @@ from torch import Tensor
 from app.audits.answers import SCORE_ORDER
 from workers.influence.aggregation import order_by_score
 from workers.pipeline.artifacts import atomically, sha256_of
+from workers.pipeline.evidence import Evidence
 from workers.pipeline.judging import Judgement
 from workers.pipeline.related import Related
 from workers.pipeline.samples import NO_CLASS, SampleSet
@@ -49,7 +50,9 @@ FILE_SCHEMA = pa.schema(
 )
 TRAINING_COLUMNS = (
     "audit_id, sample_index, text, text_pair, given_label, predicted_label, "
-    "predicted_probability, given_probability, loss, is_noisy, non_finite"
+    "predicted_probability, given_probability, loss, is_noisy, non_finite, "
+    "alike_training, alike_cosine, opposed_training, opposed_cosine, "
+    "shown_classes, class_probabilities, out_of_sample_probabilities"
 )
 VALIDATION_COLUMNS = (
     "audit_id, sample_index, text, text_pair, given_label, predicted_label, "
@@ -177,6 +180,7 @@ def copy_rows(
     audit_id: str,
     ranking_id: str,
     ranked: RankedSet,
+    evidence: Evidence,
     validation: SampleSet | None,
     validation_facts: Mapping[str, Tensor],
 ) -> None:
@@ -187,11 +191,14 @@ def copy_rows(
         audit_id: whose rows they are.
         ranking_id: whose places they are.
         ranked: the training samples.
+        evidence: what is known of them beside.
         validation: None for an audit without a validation set; then the facts do not count.
         validation_facts: what the model said of the validation samples.
     """
     with _driver(session).cursor() as cursor:
-        _copy(cursor, "training_samples", TRAINING_COLUMNS, _training_rows(audit_id, ranked))
+        _copy(
+            cursor, "training_samples", TRAINING_COLUMNS, _training_rows(audit_id, ranked, evidence)
+        )
         if validation is not None:
             _copy(
                 cursor,
@@ -222,10 +229,10 @@ def _copy(
             copy.write_row(row)
 
 
-def _training_rows(audit_id: str, ranked: RankedSet) -> Iterator[Sequence[Any]]:
+def _training_rows(audit_id: str, ranked: RankedSet, evidence: Evidence) -> Iterator[Sequence[Any]]:
     names = TRAINING_COLUMNS.replace("sample_index", "index").split(", ")[1:]
     for index_N in torch.arange(len(ranked.facts)).split(ROWS_PER_CHUNK):
-        columns = ranked.file_rows(index_N, 0)
+        columns = ranked.file_rows(index_N, 0) | evidence.columns(index_N)
         for row in zip(*(columns[name] for name in names), strict=True):
             yield (audit_id, *row)
 

@@ -41,7 +41,6 @@ def make_ranking(
     *,
     estimators: Sequence[Estimator] | None,
     aggregations: Sequence[str],
-    layer_groups: Sequence[str] | None = None,
 ) -> Ranked:
     """Settle what the request leaves open, and rank.
 
@@ -51,7 +50,6 @@ def make_ranking(
         scorer: of the training set.
         estimators: those whose configurations are compared; None for what ranks alone.
         aggregations: those that are compared, beside the ranking's own.
-        layer_groups: the same of layers; None for all groups of the model.
 
     Raises:
         UnknownLayers: the estimator has not the asked layers.
@@ -64,7 +62,7 @@ def make_ranking(
         estimators if estimators is not None else [leading],
         aggregations=aggregations,
         ranking=lead,
-        layer_groups=layer_groups,
+        layer_groups=request.layer_groups if estimators is not None else None,
         is_alone=estimators is None,
     )
     layers = lead.layers

@@ -14,6 +14,7 @@ from workers.influence.gradients import GradientExtractor, SampleGradients
 from workers.influence.objectives import OBJECTIVES
 from workers.influence.projection import Projection
 from workers.influence.rows import GradientRows, rows_from_tensors
+from workers.influence.sketch import GradientSketch
 from workers.pipeline.artifacts import read_tensors
 from workers.pipeline.context import StageContext
 from workers.pipeline.estimating import wishes_of
@@ -60,6 +61,7 @@ class Runtime:
     _shards: list[Tensor] | None = None
     _probes: ProbeSet | None = None
     _probe_shards: list[Tensor] = field(default_factory=list)
+    _sketch: GradientSketch | None = field(default=None, repr=False)
     _validation_rows: tuple[GradientRows, ...] | None = field(default=None, repr=False)
 
     @property
@@ -106,6 +108,13 @@ class Runtime:
         number = position - len(self._shards)
         files = context.artifacts.probes
         return Shard(self._probes, self._probe_shards[number], files, number, is_probes=True)
+
+    @property
+    def sketch(self) -> GradientSketch:
+        """What sketches the samples' gradients, drawn once."""
+        if self._sketch is None:
+            self._sketch = GradientSketch(self.extractor.modules, device=self.device)
+        return self._sketch
 
     def validation_rows(self, path: Path) -> tuple[GradientRows, ...]:
         """Return the validation gradients of every module, read once."""

@@ -53,10 +53,18 @@ class TrainingFacts:
         return facts
 
     def wide(self, name: str) -> Tensor | None:
-        """Return `features` [T, H] or `class_probability` [T, C], None where none were kept."""
-        if name not in self.files[0]:
+        """Return what is kept beside numbers, None where it is not.
+
+        Args:
+            name: `features` [T, H], `class_probability` [T, C] or `sketch` [T, K].
+        """
+        if any(name not in file for file in self.files):
             return None
-        return torch.cat([file.rows(name) for file in self.files])[self._back_T]
+        first = self.files[0].rows(name)
+        value_TW = first.new_empty(len(self), first.shape[1])
+        for index_N, file in zip(self.shard_index, self.files, strict=True):
+            value_TW[index_N] = file.rows(name)
+        return value_TW
 
     @property
     def num_non_finite(self) -> int:

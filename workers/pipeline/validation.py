@@ -29,6 +29,7 @@ from workers.influence.estimators import (
 from workers.influence.kronecker import MAX_SIDE
 from workers.influence.layer_groups import UnknownLayers
 from workers.influence.rows import SparseRows
+from workers.influence.sketch import sketch_floats
 from workers.pipeline.agreement import compare_projection
 from workers.pipeline.artifacts import write_json, write_tensors
 from workers.pipeline.checkpoints import learning_rates
@@ -159,7 +160,7 @@ def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
         dense_floats=dense_floats,
         largest_floats=max(sizes, default=0) if curvature else 0,
         num_curvature=len(curvature),
-        held_floats=sums,
+        held_floats=sums + sketch_floats(specs),
         influence_floats=_influence_floats(context, runtime, num_validation),
         activation_floats=runtime.activation_floats,
         keeps_gradients=keeps_gradients,
@@ -171,11 +172,14 @@ def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
         samples_per_shard=context.settings.samples_per_shard,
     )
     num_shards = -(-num_train // plan.samples_per_shard)
+    num_samples = num_train
+    if needs_probes(context.request.stored()):
+        num_samples += num_probes(context, num_train)
     held = workload.row_floats * (1 + _num_checkpoints(context))
     held += workload.dense_floats * workload.num_curvature
     _check_disk(
         context,
-        FLOAT32 * (num_train * workload.influence_floats + num_validation * held)
+        FLOAT32 * (num_samples * workload.influence_floats + num_validation * held)
         + FLOAT32 * num_shards * sums
         + min(cache_bytes, context.settings.max_gradient_cache_bytes),
     )

@@ -4,8 +4,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB
 
-revision = "0006"
-down_revision = "0005"
+revision = "0005"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 
@@ -44,10 +44,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # the audits stay, as audits of their own, without what the version before does not know
-    op.execute(
-        "UPDATE audits SET request = (request - 'layer_groups') #- '{verify,configurations}'"
-    )
+    # the audits stay, as audits of their own
     op.drop_index("ix_audits_experiment", table_name="audits")
     op.drop_constraint(op.f("fk_audits_experiment_id"), "audits", type_="foreignkey")
     op.drop_column("audits", "experiment_position")
