@@ -38,7 +38,9 @@ class ExperimentTask(Strict):
     model: ModelSource = Field(description="The base model.")
     train: DatasetSource = Field(description="The training set that noise is planted in.")
     validation: DatasetSource | None = Field(
-        None, description="The trusted set that influence is measured on."
+        None,
+        description="The trusted set that influence is measured on. Without one a part of the "
+        "training set is taken, as in an audit.",
     )
     test: DatasetSource | None = Field(
         None, description="What the filtered models are measured on; needed for verify."

@@ -91,10 +91,8 @@ def test_two_tasks_with_two_seeds(workplace: Workplace, tasks: list[dict[str, An
             for group in ("all", "01", "00-01")
             for aggregation in ("mean", "rank")
         }
-        of_classes = {"confidence"} if cell.task == "reviews" else set()
         assert {row.estimator for row in mine if row.is_baseline} == {
             *("loss", "random", "oracle", "full"),
-            *of_classes,
         }
         # the table and the arms say the same of the same configuration
         table = {
@@ -155,4 +153,4 @@ def test_noise_that_is_known_and_no_verification(
     assert {table.measure for table in results.win_rates} == {"auc_ndr", "ndr_30"}
     assert results.correlations == []
     (best, _) = results.best
-    assert set(best.beside) == {"loss", "confidence", "random", "oracle"}
+    assert set(best.beside) == {"loss", "random", "oracle"}

@@ -7,6 +7,7 @@ from tests.pipeline.conftest import Models
 from tests.pipeline.verifying import FINE_TUNE, arms_of, plan_of, submit_reviews
 from tests.pipeline.workplace import Workplace
 
+KEY = ("estimator", "layer_group", "aggregation", "correct_only")
 GROUPS = ["all", "CL", "00-01"]
 ASKED: dict[str, Any] = {
     "estimators": ["grad_dot", "self_influence"],
@@ -70,20 +71,32 @@ def test_the_table_has_the_asked_layers_and_the_rankings_own(
     workplace: Workplace, models: Models
 ) -> None:
     request = ASKED | {"ranking": ASKED["ranking"] | {"layers": "01"}}
-    request |= {"layer_groups": ["CL", "00,CL"]}
+    request |= {"layer_groups": ["CL", "00"], "aggregations": ["mean", "median", "common_set"]}
     audit = workplace.succeed(submit_reviews(workplace, models, **request, verify=None, test=None))
     groups: dict[str, set[str]] = {}
     for item in audit.summary["configurations"]:
         groups.setdefault(item["estimator"], set()).add(item["layer_group"])
     assert groups == {
-        "grad_dot": {"CL", "00,CL", "01"},
-        "self_influence": {"CL", "00,CL"},
+        "grad_dot": {"CL", "00", "01"},
+        "self_influence": {"CL", "00"},
         "loss": {"all"},
         "random": {"all"},
         "oracle": {"all"},
     }
-    assert set(audit.summary["cancellation"]) >= {"CL", "00,CL", "01"}
-    assert audit.summary["group_order"] == ["CL", "00,CL", "01"]
+    assert set(audit.summary["cancellation"]) >= {"CL", "00", "01"}
+    assert audit.summary["group_order"] == ["CL", "00", "01"]
+    # the same numbers as in the table of all groups
+    whole = workplace.succeed(
+        submit_reviews(
+            workplace, models, **request | {"layer_groups": None}, verify=None, test=None
+        )
+    )
+    by_configuration = {
+        tuple(item[name] for name in KEY): item["detection"]
+        for item in whole.summary["configurations"]
+    }
+    for item in audit.summary["configurations"]:
+        assert item["detection"] == by_configuration[tuple(item[name] for name in KEY)]
 
 
 def test_layers_that_the_model_has_not_are_refused_before_the_work(

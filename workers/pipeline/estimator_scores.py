@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from workers.influence.aggregation import (
@@ -87,12 +88,18 @@ class EstimatorScores:
         aggregator = GroupAggregator(
             **self._shared, aggregations=names, keep_ranks=tiles.write if tiles else None
         )
+        asked = {row for rows in self._shared["groups"].values() for row in rows}
         for row in range(source.num_rows):
             for columns in source.column_blocks():
                 self._report(row / source.num_rows)
-                aggregator.add(
-                    module=row, influence_VT=source.read(row, columns), validation=columns
-                )
+                if row in asked:
+                    aggregator.add(
+                        module=row, influence_VT=source.read(row, columns), validation=columns
+                    )
+                elif tiles is not None:  # no group looks there, but the tiles have a place for it
+                    num_columns = columns.stop - columns.start
+                    nothing_CT = torch.zeros(num_columns, source.num_train, dtype=torch.int32)
+                    tiles.write(row * source.num_columns + columns.start, nothing_CT)
         self._passes_done += 1
         self._aggregators |= dict.fromkeys(names, aggregator)
 
