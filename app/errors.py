@@ -1,7 +1,7 @@
 """Errors of the API: every one leaves as an RFC 9457 problem document (docs/errors.md)."""
 
 import errno
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any, Self
 
@@ -135,17 +135,30 @@ class BodyTooLarge(HTTPException):
         )
 
 
-def _pointer(error: Mapping[str, Any]) -> str:
+def _pointer(error: Mapping[str, Any], body: object) -> str:
     """Return where an error is: a JSON pointer into the body, or the parameter's name."""
     place, *path = error["loc"]
     if place != "body":
         return ".".join(str(part) for part in error["loc"])
     if error["type"] == "json_invalid":  # the rest of the place is a position in the text
         return "#"
+    path = list(_in_body(path, body, is_absent=error["type"] == "missing"))
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, FieldConflict):
         path.extend(cause.path)
     return "#" + "".join(f"/{_escaped(part)}" for part in path)
+
+
+def _in_body(path: Sequence[str | int], body: object, *, is_absent: bool) -> Iterator[str | int]:
+    """Yield the parts of a place that the body has, without those that name a kind of a union."""
+    for number, part in enumerate(path, start=1):
+        if isinstance(body, Mapping) and part in body:  # noqa: SIM114  the checker tells them apart by branch
+            body = body[part]
+        elif isinstance(body, list) and isinstance(part, int):
+            body = body[part]
+        elif not (is_absent and number == len(path)):
+            continue
+        yield part
 
 
 def _escaped(part: str | int) -> str:
@@ -155,9 +168,14 @@ def _escaped(part: str | int) -> str:
 def _validation_problem(
     _handler: ExceptionHandler, _request: Request, error: RequestValidationError
 ) -> Problem:
+    # each kind of a union says by itself what it would take
+    details: dict[str, list[str]] = {}
+    for item in error.errors():
+        found = details.setdefault(_pointer(item, error.body), [])
+        found.append(item["msg"].removeprefix("Value error, "))
     errors = [
-        {"pointer": _pointer(item), "detail": item["msg"].removeprefix("Value error, ")}
-        for item in error.errors()
+        {"pointer": pointer, "detail": "; or: ".join(dict.fromkeys(found))}
+        for pointer, found in details.items()
     ]
     first = f"{errors[0]['pointer']}: {errors[0]['detail']}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

@@ -14,6 +14,7 @@ from app.audits import routes as audit_routes
 from app.datasets import routes as dataset_routes
 from app.db import make_engine
 from app.errors import InvalidRequest, NotAuthenticated, install_error_handlers, problem_responses
+from app.experiments import routes as experiment_routes
 from app.jobs import Sender, make_celery
 from app.middleware import BodyLimit, LoopbackOnly, RequestContext
 from app.settings import Settings
@@ -30,6 +31,8 @@ the samples that most likely carry a wrong label.
 3. `GET` it until `done`; `Retry-After` says when to look again.
 4. `GET /v1/audits/{id}/suspects`: the ranking, the most suspect first.
 
+`POST /v1/experiments` compares estimators, layers and aggregations over tasks and seeds.
+
 Positive influence is helpful; **the lowest score is the most suspect**, everywhere. Every error is
 a problem document (RFC 9457) whose `detail` says what to change.
 """
@@ -38,6 +41,10 @@ TAGS = [
     {"name": "audits", "description": "Submit an audit and follow it."},
     {"name": "results", "description": "What a finished audit found; the lowest score is suspect."},
     {"name": "rankings", "description": "Further rankings of a finished audit, in seconds."},
+    {
+        "name": "experiments",
+        "description": "Compare estimators, layer groups and aggregations over tasks and seeds.",
+    },
     {"name": "datasets", "description": "Upload labelled texts once, use them in many audits."},
     {"name": "catalogue", "description": "What this server can compute."},
     {"name": "health", "description": "For load balancers and operators."},
@@ -85,6 +92,7 @@ def create_app(
         audit_routes.router,
         audit_routes.results_router,
         ranking_routes.router,
+        experiment_routes.router,
         dataset_routes.router,
         catalogue_routes.router,
     ):

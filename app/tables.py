@@ -9,6 +9,7 @@ from app.audits.models import (
     ValidationSample,
 )
 from app.datasets.models import Dataset
+from app.experiments.models import Experiment
 from app.keys.models import ApiKey
 from app.work.models import WorkerHeartbeat, WorkUnit
 
@@ -16,6 +17,7 @@ __all__ = [
     "ApiKey",
     "Audit",
     "Dataset",
+    "Experiment",
     "IdempotencyKey",
     "RankedSample",
     "Ranking",

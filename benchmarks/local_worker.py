@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Engine, select
 
-from app.audits.models import Audit
-from app.audits.schemas import AuditRequest
+from app.audits.models import Audit, Ranking
+from app.audits.schemas import AuditRequest, RankingRequest
 from app.db import make_engine, new_id, transaction
 from app.embedded import embedded_postgres
 from app.migrate import migrate
@@ -62,7 +62,50 @@ class LocalWorker:
             session.add(audit)
             session.flush()
             work.add_units(session, audit.id, Stage.PREPARE)
-        while unit_ids := self._ready(audit.id):
+        return self.finish(audit.id, after_unit)
+
+    def rank(self, audit: Audit, request: dict[str, Any]) -> Ranking:
+        """Rank a finished audit again.
+
+        Raises:
+            RuntimeError: the ranking failed; with its message.
+        """
+        body = RankingRequest.model_validate(request)
+        ranking_id = new_id("rnk")
+        with transaction(self.engine) as session:
+            ranking = Ranking(
+                id=ranking_id,
+                audit_id=audit.id,
+                tenant=audit.tenant,
+                specification=body.specification().model_dump(mode="json"),
+                flag=body.model_dump(mode="json")["flag"] or audit.request["flag"],
+                folder=Ranking.folder_of(ranking_id),
+            )
+            session.add(ranking)
+            session.flush()
+            work.add_ranking_unit(session, ranking)
+        self._work(audit.id, lambda _: None)
+        with transaction(self.engine) as session:
+            ended = session.get_one(Ranking, ranking_id)
+        if ended.state != "succeeded":
+            raise RuntimeError(f"{ended.error_code}: {ended.error_message}")
+        return ended
+
+    def finish(self, audit_id: str, after_unit: Callable[[Stage], None] = lambda _: None) -> Audit:
+        """Do an audit that was submitted, to its end.
+
+        Raises:
+            RuntimeError: the audit failed; with its message.
+        """
+        self._work(audit_id, after_unit)
+        with transaction(self.engine) as session:
+            ended = session.get_one(Audit, audit_id)
+        if ended.state != "succeeded":
+            raise RuntimeError(f"{ended.error_code}: {ended.error_message}")
+        return ended
+
+    def _work(self, audit_id: str, after_unit: Callable[[Stage], None]) -> None:
+        while unit_ids := self._ready(audit_id):
             for unit_id in unit_ids:
                 claim = work.claim(
                     self.engine, unit_id, owner="benchmark", lease_seconds=LEASE_SECONDS
@@ -70,11 +113,6 @@ class LocalWorker:
                 if claim is not None:
                     execute(self.engine, self.settings, claim)
                     after_unit(claim.stage)
-        with transaction(self.engine) as session:
-            ended = session.get_one(Audit, audit.id)
-        if ended.state != "succeeded":
-            raise RuntimeError(f"{ended.error_code}: {ended.error_message}")
-        return ended
 
     def artifacts(self, audit: Audit) -> Artifacts:
         """Return an audit's files."""

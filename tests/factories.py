@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from sqlalchemy import Engine, func, update
+from sqlalchemy import Engine, func, select, update
 
 from app.audits.folders import audit_folder
 from app.audits.models import (
@@ -55,8 +57,11 @@ def request_body(**changes: Any) -> dict[str, Any]:
 
 
 def stored_request(**changes: Any) -> dict[str, Any]:
-    """Return a request as the database has it."""
-    return AuditRequest.model_validate(request_body(**changes)).stored()
+    """Return a request as the database has it; what ranks is fixed where not said."""
+    fixed = {"estimator": "grad_cosine", "layers": "all", "aggregation": "rank"}
+    body = request_body(**{"flag": {"fraction": 0.1}, **changes})
+    ranking = {"ranking": {**fixed, **changes.get("ranking", {})}}
+    return AuditRequest.model_validate(body | ranking).stored()
 
 
 def make_audit(engine: Engine, *, tenant: str = TENANT, **request_changes: Any) -> Audit:
@@ -75,6 +80,71 @@ def make_audit(engine: Engine, *, tenant: str = TENANT, **request_changes: Any) 
         session.flush()
         add_units(session, audit.id, Stage.PREPARE)
     return audit
+
+
+def experiment_task(name: str = "reviews", **changes: Any) -> dict[str, Any]:
+    """Return the JSON of an experiment's task that names only the hub."""
+    test = {"reference": "hf://datasets/org/texts@main?split=test"}
+    return {"name": name, **request_body(test=test), **changes}
+
+
+def experiment_body(**changes: Any) -> dict[str, Any]:
+    """Return the JSON of an experiment of one task and two seeds."""
+    return {"tasks": [experiment_task()], "seeds": [0, 1], **changes}
+
+
+def finish_experiment(
+    engine: Engine, experiment_id: str, states: Sequence[AuditState | None]
+) -> None:
+    """End the audits of an experiment in their order; None, or a state on the way, leaves one.
+
+    In those that succeed datainf beats grad_dot, the head the rest, and rank the others.
+    """
+    statement = select(Audit).where(Audit.experiment_id == experiment_id)
+    with transaction(engine) as session:
+        audits = session.scalars(statement.order_by(Audit.experiment_position)).all()
+        for audit, state in zip(audits, states, strict=True):
+            if state is None or not state.is_final:
+                continue
+            if state is AuditState.FAILED:
+                audit.error_code = "unsupported_model"
+                audit.error_message = "It did not work."
+            if state is AuditState.SUCCEEDED:
+                audit.summary = experiment_summary()
+                audit.progress = 1.0
+            finish(audit, state)
+
+
+def experiment_summary() -> dict[str, Any]:
+    """Return what an audit of an experiment tells, as far as the tables read it."""
+    configurations, arms = [], []
+    for place, (estimator, group) in enumerate(
+        product(("grad_dot", "datainf"), ("all", "CL")), start=1
+    ):
+        share = place / 10
+        ranking = {"estimator": estimator, "aggregation": "rank", "correct_only": False}
+        detection = dict.fromkeys(("ndr_10", "ndr_20", "ndr_30", "auc_ndr"), share)
+        configurations.append(ranking | {"layer_group": group, "detection": detection})
+        arms.append(_arm(f"{estimator}/{group}/rank", share, ranking | {"layers": group}))
+    for name in ("loss", "random", "oracle"):
+        baseline = {"estimator": name, "aggregation": None, "correct_only": False}
+        detection = dict.fromkeys(("ndr_10", "ndr_20", "ndr_30", "auc_ndr"), 0.5)
+        configurations.append(baseline | {"layer_group": "all", "detection": detection})
+    arms += [_arm(name, 0.6, None) for name in ("full", "random", "oracle")]
+    loss = {"estimator": "loss", "layers": "all", "aggregation": "rank", "correct_only": False}
+    arms.append(_arm("loss/all/rank", 0.7, loss))
+    return {
+        "layer_group_order": ["all", "CL"],
+        "configurations": configurations,
+        "cancellation": {"all": {"l1": 2.0, "l2": 1.5}, "CL": {"l1": 3.0, "l2": 2.5}},
+        "verification": {"arms": arms},
+    }
+
+
+def _arm(name: str, accuracy: float, ranking: dict[str, Any] | None) -> dict[str, Any]:
+    values = {"accuracy": accuracy, "macro_f1": accuracy, "loss": 1 - accuracy}
+    metrics = {metric: {"mean": value, "values": [value]} for metric, value in values.items()}
+    return {"name": name, "ranking": ranking, "num_train": 7, "metrics": metrics}
 
 
 def make_ended_audit(
@@ -173,6 +243,7 @@ def make_finished_audit(
             )
         }
         finish(audit, AuditState.SUCCEEDED)
+        session.execute(update(WorkUnit).values(state="done").where(WorkUnit.audit_id == audit.id))
     return audit
 
 
@@ -184,7 +255,14 @@ def make_ranking(
     With settings it is finished, and orders the samples by their index: sample i at rank i.
     """
     ranking_id = new_id("rnk")
-    request = RankingSpecification.model_validate({"aggregation": "mean", **specification})
+    request = RankingSpecification.model_validate(
+        {
+            "estimator": "grad_cosine",
+            "layers": "all",
+            "aggregation": "mean",
+            **specification,
+        }
+    )
     ranking = Ranking(
         id=ranking_id,
         audit_id=audit.id,

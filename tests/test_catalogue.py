@@ -18,6 +18,7 @@ FLAGS = {
     "word_embeddings": "needs_word_embeddings",
     "hidden_states": "needs_hidden_states",
     "classes": "needs_classes",
+    "features": "needs_features",
 }
 
 

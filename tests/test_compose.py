@@ -42,7 +42,7 @@ def assert_is_a_command(words: list[str]) -> None:
 
 
 def test_the_services_of_an_installation_are_there() -> None:
-    assert set(SERVICES) == {"api", "worker", "migrate", "postgres", "redis"}
+    assert set(SERVICES) == {"api", "worker", "ranker", "migrate", "postgres", "redis"}
 
 
 @own_services
@@ -90,18 +90,20 @@ def test_health_checks_run_what_exists() -> None:
     port = SERVICES["api"]["environment"]["WINNOW_PORT"]
     assert f"http://127.0.0.1:{port}/healthz" in of_api[-1]
     compile(of_api[-1], "healthcheck", "exec")
-    of_worker = SERVICES["worker"]["healthcheck"]["test"]
-    assert of_worker[:2] == ["CMD", "winnow"]
-    assert_is_a_command(of_worker[2:])
+    for name in ("worker", "ranker"):
+        of_worker = SERVICES[name]["healthcheck"]["test"]
+        assert of_worker[:2] == ["CMD", "winnow"]
+        assert_is_a_command(of_worker[2:])
 
 
 def test_nothing_starts_before_what_it_needs() -> None:
     """Services wait for the schema, and for servers that answer, not only for their processes."""
-    for name in ("api", "worker"):
+    for name in ("api", "worker", "ranker"):
         needs = SERVICES[name]["depends_on"]
         assert needs["migrate"] == {"condition": "service_completed_successfully"}
         assert needs["postgres"] == {"condition": "service_healthy"}
-    assert SERVICES["worker"]["depends_on"]["redis"] == {"condition": "service_healthy"}
+    for name in ("worker", "ranker"):
+        assert SERVICES[name]["depends_on"]["redis"] == {"condition": "service_healthy"}
     assert SERVICES["migrate"]["depends_on"]["postgres"] == {"condition": "service_healthy"}
     for service in SERVICES.values():
         for needed, how in service.get("depends_on", {}).items():
@@ -117,6 +119,13 @@ def test_the_worker_has_a_gpu_and_time_to_stop() -> None:
     (device,) = SERVICES["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert SERVICES["worker"]["stop_grace_period"] == "90s"
+    assert "deploy" not in SERVICES["ranker"]
+
+
+def test_audits_and_rankings_have_a_worker_each() -> None:
+    """A worker of the GPU that takes no rankings needs one beside it that does."""
+    commands = [of["command"] for of in OWN_SERVICES.values() if of["command"][0] == "worker"]
+    assert sorted(commands) == [["worker", "--cpu"], ["worker", "--gpu"]]
 
 
 def test_the_broker_keeps_its_messages() -> None:

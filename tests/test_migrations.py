@@ -12,13 +12,14 @@ from sqlalchemy.orm import Session
 
 import app.tables  # noqa: F401  registers every table
 from app.audits.assemble import assemble_audit
-from app.audits.models import Audit, AuditState
+from app.audits.models import Audit, AuditState, IdempotencyKey, Ranking
 from app.audits.schemas import AuditRequest
 from app.db import Base, make_engine
 from app.embedded import EmbeddedServers
 from app.migrate import migrate
 from app.settings import Settings
 from app.work.models import Stage, WorkUnit
+from app.work.repository import add_ranking_unit
 from app.work.stages import overall_progress, stages_of
 
 
@@ -263,6 +264,54 @@ class TestAuditsOfTheFirstVersion:
             assert (ended.state, ended.version, ended.stage) == ("succeeded", 7, None)
             assert (odd.state, odd.stage) == ("cancelled", "curvature")
             assert assemble_audit(odd, influence_days=30).stage is Stage.CURVATURE
+
+
+def test_rankings_of_older_audits_are_their_own_and_have_ended(empty: Engine) -> None:
+    """They take over what the audit's summary says of the ranking; a way back drops later ones."""
+    of_ranking = {"num_flagged": 2, "files": {"csv": {"bytes": 1}}, "group_order": ["all"]}
+    summary = json.dumps({**of_ranking, "train_accuracy": 0.5})
+    migrate(empty, "0002")
+    with empty.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO audits (id, tenant, state, version, request, metadata, state_times, "
+                "progress, provenance, summary, timings, finished_at) VALUES ('a', 't', "
+                "'succeeded', 1, :request, '{}', '{}', 1, '{}', :summary, '{}', '2026-01-02Z')"
+            ),
+            {"request": json.dumps({"flag": {"fraction": 0.1}}), "summary": summary},
+        )
+        connection.execute(
+            text("INSERT INTO rankings VALUES ('r', 'a', 't', :specification)"),
+            {"specification": json.dumps({"layers": "CL"})},
+        )
+        connection.execute(
+            text("INSERT INTO idempotency_keys VALUES ('t', 'POST /v1/audits', 'k', '', 'a')")
+        )
+    migrate(empty)
+    with Session(empty) as session:
+        own = session.get_one(Ranking, "r")
+        assert (own.is_own, own.state, own.progress, own.folder) == (
+            *(True, "succeeded", 1.0, "results"),
+        )
+        assert (own.specification, own.flag) == ({"layers": "CL"}, {"fraction": 0.1})
+        assert own.summary == of_ranking
+        audit = session.get_one(Audit, "a")
+        assert own.finished_at == audit.finished_at
+        assert (audit.influence_bytes, audit.influence_deleted_at) == (None, None)
+        key = session.scalars(select(IdempotencyKey)).one()
+        assert key.answer_id == "a"
+        later = Ranking(
+            id="s", audit_id="a", tenant="t", specification={}, flag={}, folder="results/s"
+        )
+        session.add(later)
+        session.flush()
+        add_ranking_unit(session, later)
+        session.commit()
+    take_back(empty, "0002")
+    with empty.connect() as connection:
+        assert connection.execute(text("SELECT id FROM rankings")).all() == [("r",)]
+        assert connection.execute(text("SELECT id FROM work_units")).all() == []
+    migrate(empty)
 
 
 def test_the_migrations_make_what_the_models_say(empty: Engine) -> None:

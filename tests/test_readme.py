@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from app import catalogue_routes, health
+from app.audits import ranking_routes
 from app.audits import routes as audit_routes
 from app.audits.schemas import (
     AuditRequest,
@@ -18,11 +19,13 @@ from app.audits.schemas import (
     Flag,
     ModelSource,
     PlantNoise,
+    Probes,
     RankingSpecification,
 )
 from app.audits.verification_schemas import Verify
 from app.catalogue import ESTIMATORS
 from app.datasets import routes as dataset_routes
+from app.experiments import routes as experiment_routes
 from app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +71,7 @@ def test_every_option_of_a_request_is_listed_with_its_default() -> None:
         "fine_tune": FineTune,
         "plant_noise": PlantNoise,
         "ranking": RankingSpecification,
+        "probes": Probes,
         "flag": Flag,
         "verify": Verify,
     }
@@ -95,6 +99,8 @@ def test_every_call_is_listed() -> None:
     routers = [
         audit_routes.router,
         audit_routes.results_router,
+        ranking_routes.router,
+        experiment_routes.router,
         dataset_routes.router,
         catalogue_routes.router,
         health.router,

@@ -238,6 +238,7 @@ class Audit(BaseModel):
     cancel_requested_at: datetime | None
     request: dict[str, Any] = Field(description="As accepted, defaults filled in.")
     metadata: dict[str, str]
+    experiment_id: str | None = Field(None, description="The experiment that it is part of.")
     num_train: int | None
     num_validation: int | None
     provenance: dict[str, Any] = Field(

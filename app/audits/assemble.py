@@ -54,6 +54,7 @@ def assemble_audit(audit: Audit, *, influence_days: float) -> answers.Audit:
         cancel_requested_at=audit.cancel_requested_at,
         request=audit.request,
         metadata=audit.metadata_,
+        experiment_id=audit.experiment_id,
         num_train=audit.num_train,
         num_validation=audit.num_validation,
         provenance=audit.provenance,

@@ -79,7 +79,7 @@ def _with_arms(checked: AuditRequest) -> AuditRequest:
     """Return the request with the arms of its verification named."""
     if checked.verify is None:
         return checked
-    arms = checked.verify.arms_of(task=checked.task, knows_noise=_knows_noise(checked))
+    arms = checked.verify.arms_of(task=checked.task, knows_noise=knows_noise(checked))
     verify = checked.verify.model_copy(update={"arms": arms})
     return checked.model_copy(update={"verify": verify})
 
@@ -260,7 +260,7 @@ def _check_noise(request: AuditRequest, checked: AuditRequest) -> None:
             "The upload of the training set has a column of known noise, and plant_noise adds "
             "more. Leave out plant_noise, or give train.columns without noise.",
         )
-    if _knows_noise(checked):
+    if knows_noise(checked):
         return
     asked: list[tuple[FieldPath, str]] = [
         (path, f"estimator {name.value}")
@@ -278,6 +278,7 @@ def _check_noise(request: AuditRequest, checked: AuditRequest) -> None:
         )
 
 
-def _knows_noise(checked: AuditRequest) -> bool:
+def knows_noise(checked: AuditRequest) -> bool:
+    """Return whether wrong labels are planted, or named by a column."""
     columns = checked.train.columns
     return checked.plant_noise is not None or bool(columns and columns.noise)

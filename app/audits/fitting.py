@@ -1,10 +1,12 @@
 """What must fit together in an audit's request: between its fields, before any file is read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from app.audits.automatic import computed_estimators
 from app.audits.ranking_fitting import Path, check_ranking
-from app.audits.verification_schemas import ArmName
+from app.audits.verification_schemas import ArmName, Configurations
 from app.catalogue import AUTO, CONSENSUS, ESTIMATORS, EstimatorName
 from app.errors import FieldConflict
 
@@ -24,6 +26,7 @@ def check_fits_together(request: "AuditRequest") -> None:
     _check_model(request)
     _check_columns(request)
     _check_verification(request)
+    _check_layer_groups(request)
     for path, ranking in named_rankings(request):
         check_ranking(request, ranking, at=path)
     if request.ranking.estimator in {AUTO, CONSENSUS} and request.estimators == []:
@@ -114,6 +117,47 @@ def _check_columns(request: "AuditRequest") -> None:
         )
 
 
+def _check_configurations(request: "AuditRequest", configurations: Configurations) -> None:
+    """Check that the configurations to verify are among those that the audit computes."""
+    aggregations = [*request.aggregations, request.ranking.aggregation]
+    lists: tuple[tuple[str, Sequence[StrEnum], Sequence[str]], ...] = (
+        ("estimators", configurations.estimators or (), computed_estimators(request.stored())),
+        ("aggregations", configurations.aggregations or (), aggregations),
+    )
+    for field, asked, there_are in lists:
+        for place, name in enumerate(asked):
+            if name not in there_are:
+                raise FieldConflict(
+                    *("verify", "configurations", field, place),
+                    message=f"the audit does not compute {name.value}; add it to {field}, or leave "
+                    "it out here",
+                )
+
+
+def _check_layer_groups(request: "AuditRequest") -> None:
+    """Check the layers that the table is asked for, as far as no model is needed."""
+    named = [name for _, name in named_estimators(request)]
+    needs = {need for name in named for need in ESTIMATORS[name].needs}
+    looks_at_words = request.model.word_embeddings or "word_embeddings" in needs
+    seen: set[str] = set()
+    for place, layers in enumerate(request.layer_groups or ()):
+        message = None
+        if layers in seen:
+            message = f"the layers {layers} stand here twice; name them once"
+        if "WE" in layers.split(",") and not looks_at_words:
+            message = (
+                "the gradients of the word embeddings are not taken; set model.word_embeddings to "
+                "true, or leave WE out of layer_groups"
+            )
+        for part in layers.split(","):
+            first, _, last = part.partition("-")
+            if last and int(last) < int(first):
+                message = f"the layers {part} end before they begin; write {last}-{first}"
+        if message is not None:
+            raise FieldConflict("layer_groups", place, message=message)
+        seen.add(layers)
+
+
 def _check_verification(request: "AuditRequest") -> None:
     verify, test = request.verify, request.test
     if verify is None:
@@ -140,6 +184,8 @@ def _check_verification(request: "AuditRequest") -> None:
                 message=f"the test set takes no part in the audit, but this is {name}.reference; "
                 "name a set of other samples",
             )
+    if verify.configurations is not None:
+        _check_configurations(request, verify.configurations)
     if request.task != "classification" and ArmName.RELABELLED in (verify.arms or ()):
         raise FieldConflict(
             *("verify", "arms", (verify.arms or []).index(ArmName.RELABELLED)),

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Mapped, MappedColumn, mapped_column
 from sqlalchemy.types import TypeEngine
 
 from app.db import Base
+from app.experiments.models import Experiment
 
 
 class AuditState(StrEnum):
@@ -92,6 +93,9 @@ class Audit(Base):
     error_message: Mapped[str | None] = mapped_column(Text)
     error_field: Mapped[str | None]
 
+    experiment_id: Mapped[str | None] = mapped_column(ForeignKey(Experiment.id, ondelete="CASCADE"))
+    experiment_position: Mapped[int | None]
+
     influence_bytes: Mapped[int | None] = mapped_column(BigInteger)
     influence_deleted_at: Mapped[datetime | None]
 
@@ -102,6 +106,12 @@ class Audit(Base):
         CheckConstraint("(state = 'failed') = (error_code IS NOT NULL)", name="error"),
         Index("ix_audits_tenant_id", "tenant", "id"),
         Index("ix_audits_open", "id", postgresql_where=text("finished_at IS NULL")),
+        Index(
+            "ix_audits_experiment",
+            *("experiment_id", "experiment_position"),
+            unique=True,
+            postgresql_where=text("experiment_id IS NOT NULL"),
+        ),
         Index(
             "ix_audits_kept", "finished_at", postgresql_where=text("influence_deleted_at IS NULL")
         ),

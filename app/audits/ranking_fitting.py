@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from app.audits.automatic import computed_estimators, needs_probes
+from app.audits.automatic import CANDIDATE_AGGREGATIONS, computed_estimators, needs_probes
 from app.catalogue import AUTO, CONSENSUS, ESTIMATORS, EstimatorName
 from app.errors import FieldConflict
 
@@ -48,10 +48,13 @@ def check_ranking(
                     f"for tracin; set {name}, such as "
                     f"{'all' if name == 'layers' else 'rank'}",
                 )
+    _check_aggregation(ranking, at)
     if ranking.layers != AUTO:
         _check_order(ranking.layers, at)
         if ranking.estimator != AUTO:
             _check_layers(request, ranking, EstimatorName(ranking.estimator), at)
+        elif "WE" in ranking.layers.split(","):
+            _check_word_embeddings(request, at)
 
 
 def check_later_ranking(request: "AuditRequest", ranking: "RankingSpecification") -> None:
@@ -61,9 +64,18 @@ def check_later_ranking(request: "AuditRequest", ranking: "RankingSpecification"
         FieldConflict: the field to change, and how.
     """
     stored = request.stored()
+    estimator = ESTIMATORS.get(ranking.estimator)
+    # the lengths of all gradients are kept with every audit
+    there_are = dict.fromkeys([*computed_estimators(stored), EstimatorName.SELF_INFLUENCE.value])
+    if estimator is not None and ranking.estimator not in there_are:
+        raise FieldConflict(
+            "estimator",
+            message=f"the audit did not compute {estimator.name.value}; it has "
+            f"{', '.join(there_are)}. Choose one of them, or submit an audit with this one among "
+            "its estimators",
+        )
     chooses = AUTO in {ranking.estimator, ranking.layers, ranking.aggregation}
     chooses = chooses or ranking.estimator == CONSENSUS
-    estimator = ESTIMATORS.get(ranking.estimator)
     if chooses and not needs_probes(stored) and (estimator is None or estimator.has_layers):
         name = next(
             name
@@ -75,16 +87,18 @@ def check_later_ranking(request: "AuditRequest", ranking: "RankingSpecification"
             message=f"the audit planted no probes, so nothing can be chosen by them; set {name} "
             "yourself, or submit an audit whose ranking or flag is auto",
         )
-    # the lengths of all gradients are kept with every audit
-    there_are = dict.fromkeys([*computed_estimators(stored), EstimatorName.SELF_INFLUENCE.value])
-    if estimator is not None and ranking.estimator not in there_are:
-        raise FieldConflict(
-            "estimator",
-            message=f"the audit did not compute {estimator.name.value}; it has "
-            f"{', '.join(there_are)}. Choose one of them, or submit an audit with this one among "
-            "its estimators",
-        )
     check_ranking(request, ranking)
+
+
+def _check_aggregation(ranking: "RankingSpecification | Configuration", at: Path) -> None:
+    """Check that the probes can be ranked by the aggregation where they choose the rest."""
+    chooses = AUTO in {ranking.estimator, ranking.layers}
+    if chooses and ranking.aggregation not in {AUTO, *CANDIDATE_AGGREGATIONS}:
+        raise FieldConflict(
+            *(*at, "aggregation"),
+            message=f"{ranking.aggregation} cannot rank the planted probes, which choose estimator "
+            f"and layers here; set both, or take {', '.join(CANDIDATE_AGGREGATIONS)} or auto",
+        )
 
 
 def _check_order(layers: str, at: Path) -> None:
@@ -131,9 +145,15 @@ def _check_layers(
             f"{the_estimator} does not look at the word embeddings; leave WE out of {the_layers}, "
             "or rank by grad_dot, grad_cosine or tracin_we"
         )
+    _check_word_embeddings(request, at)
+
+
+def _check_word_embeddings(request: "AuditRequest", at: Path) -> None:
     if not request.model.word_embeddings:
         where = "" if at else " in another audit"
-        raise conflict(
-            "the gradients of the word embeddings are not taken; set model.word_embeddings to true"
-            f"{where}, or leave WE out of {the_layers}"
+        raise FieldConflict(
+            *(*at, "layers"),
+            message="the gradients of the word embeddings are not taken; set "
+            f"model.word_embeddings to true{where}, or leave WE out of "
+            f"{'.'.join(map(str, (*at, 'layers')))}",
         )

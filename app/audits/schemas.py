@@ -13,6 +13,7 @@ Reference = Annotated[str, StringConstraints(min_length=1, max_length=1000, stri
 ModuleName = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9_.]{1,200}|all-linear)$")]
 Task = Literal["classification", "causal_lm"]
 _LAYERS = r"(all|WE|CL|\d{2,3}(-\d{2,3})?)"
+Layers = Annotated[str, StringConstraints(max_length=1000, pattern=rf"^{_LAYERS}(,{_LAYERS})*$")]
 
 
 class Strict(BaseModel):
@@ -137,14 +138,32 @@ class Probes(Strict):
     """
 
     fraction: float = Field(
-        0.1, gt=0, le=0.5, description="How many, as a share of the training samples."
+        0.2,
+        gt=0,
+        le=0.5,
+        description="How many, as a share of the training samples; at most 1,000.",
     )
     seed: int = Field(0, ge=0, lt=2**31)
 
 
-class _AggregationOptions(Strict):
-    """What an aggregation may be set to."""
+class RankingSpecification(Strict):
+    """Which influence makes the ranking."""
 
+    estimator: EstimatorName | Auto | Consensus = Field(
+        AUTO,
+        description="An estimator; or auto: the configuration that finds the planted probes best; "
+        "or consensus: several of them and the loss, fused by rank.",
+    )
+    layers: Layers | Auto = Field(
+        AUTO,
+        description="Which layers count: all, CL (the head), WE (the word embeddings), a block "
+        "(04), a range of blocks (02-03), or several of these with commas (02-03,05,CL). "
+        "GET /v1/audits/{id}/layers lists the groups of a model. auto: the group that finds the "
+        "planted probes best.",
+    )
+    aggregation: AggregationName | Auto = Field(
+        AUTO, description="auto: which of mean, rank and vote finds the planted probes best."
+    )
     vote_fraction: float = Field(
         0.3, gt=0, le=1, description="For vote: the share of the training set that gets votes."
     )
@@ -157,10 +176,16 @@ class _AggregationOptions(Strict):
         le=1,
         description="For common_set: the share of the columns that must have listed a sample.",
     )
+    correct_only: bool | None = Field(
+        None,
+        description="Use only validation samples that the model predicts correctly; for a causal "
+        "language model the half with the lower loss. Left out: false, or with aggregation auto "
+        "whatever finds the planted probes better.",
+    )
 
 
-class Configuration(_AggregationOptions):
-    """One way to rank: an estimator on some layers with an aggregation."""
+class Configuration(RankingSpecification):
+    """One way to rank: an estimator on some layers with an aggregation, nothing left open."""
 
     estimator: EstimatorName = EstimatorName.GRAD_COSINE
     layers: str = Field(
@@ -171,34 +196,6 @@ class Configuration(_AggregationOptions):
     )
     aggregation: AggregationName = AggregationName.RANK
     correct_only: bool = Field(False, description="As in the audit's ranking.")
-
-
-class RankingSpecification(_AggregationOptions):
-    """Which influence makes the ranking."""
-
-    estimator: EstimatorName | Auto | Consensus = Field(
-        AUTO,
-        description="An estimator; or auto: the configuration that finds the planted probes best; "
-        "or consensus: several of them and the loss, fused by rank.",
-    )
-    layers: str = Field(
-        AUTO,
-        max_length=1000,
-        pattern=rf"^(auto|{_LAYERS}(,{_LAYERS})*)$",
-        description="Which layers count: all, CL (the head), WE (the word embeddings), a block "
-        "(04), a range of blocks (02-03), or several of these with commas (02-03,05,CL). "
-        "GET /v1/audits/{id}/layers lists the groups of a model. auto: the group that finds the "
-        "planted probes best.",
-    )
-    aggregation: AggregationName | Auto = Field(
-        AUTO, description="auto: which of mean, rank and vote finds the planted probes best."
-    )
-    correct_only: bool | None = Field(
-        None,
-        description="Use only validation samples that the model predicts correctly; for a causal "
-        "language model the half with the lower loss. Left out: false, or with aggregation auto "
-        "whatever finds the planted probes better.",
-    )
 
 
 class Flag(Strict):
@@ -279,6 +276,13 @@ class AuditRequest(Strict):
         ],
         max_length=len(AggregationName),
         description="Aggregations to compute and compare; the ranking's own is always among them.",
+    )
+    layer_groups: list[Layers] | None = Field(
+        None,
+        min_length=1,
+        max_length=50,
+        description="Layers to compute and compare, as in ranking.layers; the ranking's own are "
+        "always among them. Default: every layer group of the model.",
     )
     ranking: RankingSpecification = Field(default_factory=RankingSpecification)
     probes: Probes = Field(

@@ -157,6 +157,12 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, audit_id: str) ->
                 state=audit.state,
                 headers={"Retry-After": str(retry_after(audit))},
             )
+        if audit.experiment_id is not None:
+            raise Conflict(
+                f"The audit is part of the experiment {audit.experiment_id}, whose tables need it. "
+                f"Delete that with DELETE /v1/experiments/{audit.experiment_id}.",
+                state=audit.state,
+            )
         unfinished = repository.lock_unfinished_rankings(session, audit.id)
         if unfinished:
             raise Conflict(

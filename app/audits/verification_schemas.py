@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from app.catalogue import AggregationName, EstimatorName
 from app.errors import FieldConflict
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 MAX_RANKINGS = 500
 MAX_SEEDS = 20
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+_USUAL_GROUPS = 6  # all, four bands of blocks, the head
 # What tells two rankings with the same aggregation apart.
 _PARAMETER_OF = {
     "vote": "vote_fraction",
@@ -30,6 +32,35 @@ class ArmName(StrEnum):
     FULL = "full"
     RANDOM = "random"
     ORACLE = "oracle"
+
+
+class Configurations(BaseModel):
+    """Every configuration of the audit's table, each an arm of its own.
+
+    A configuration is an estimator on a layer group with an aggregation. random and oracle are
+    arms anyway, so they are not among them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    correct_only: list[bool] = Field(
+        default_factory=lambda: [False],
+        min_length=1,
+        max_length=2,
+        description="Those that use all validation samples (false), those that use only the ones "
+        "that the model predicts correctly (true), or both.",
+    )
+    estimators: list[EstimatorName] | None = Field(
+        None, min_length=1, description="Only those of these estimators. Default: of all."
+    )
+    aggregations: list[AggregationName] | None = Field(
+        None, min_length=1, description="Only those with these aggregations. Default: with all."
+    )
+
+    @field_validator("correct_only", "estimators", "aggregations")
+    @classmethod
+    def _distinct(cls, values: list[Any] | None) -> list[Any] | None:
+        return distinct(values)
 
 
 class Verify(BaseModel):
@@ -67,6 +98,11 @@ class Verify(BaseModel):
         max_length=MAX_RANKINGS,
         description="Further rankings to filter by, each an arm of its own.",
     )
+    configurations: Configurations | None = Field(
+        None,
+        description="Filter by every configuration of the audit's table too: {} for those that "
+        "use all validation samples. Many trainings.",
+    )
     confidence: float = Field(
         0.95, ge=0.5, le=0.999, description="Of the intervals of the differences."
     )
@@ -74,9 +110,7 @@ class Verify(BaseModel):
     @field_validator("seeds", "arms")
     @classmethod
     def _distinct(cls, values: list[Any] | None) -> list[Any] | None:
-        if values is not None and len(set(values)) < len(values):
-            raise ValueError("name each only once")
-        return values
+        return distinct(values)
 
     @model_validator(mode="after")
     def _distinct_rankings(self) -> "Verify":
@@ -90,8 +124,10 @@ class Verify(BaseModel):
                     "leave one out",
                 )
             seen[name] = place
-        if self.arms is not None and not (self.arms or self.rankings):
-            raise FieldConflict("arms", message="name at least one of arms and rankings")
+        if self.arms == [] and not (self.rankings or self.configurations):
+            raise FieldConflict(
+                "arms", message="name at least one of arms, rankings and configurations"
+            )
         return self
 
     def arms_of(self, *, task: str, knows_noise: bool) -> list[ArmName]:
@@ -101,6 +137,17 @@ class Verify(BaseModel):
         unfit = set() if task == "classification" else {ArmName.RELABELLED}
         unfit |= set() if knows_noise else {ArmName.ORACLE}
         return [arm for arm in ArmName if arm not in unfit]
+
+
+def distinct(values: list[Any] | None) -> list[Any] | None:
+    """Return a list in which nothing stands twice.
+
+    Raises:
+        ValueError: something does.
+    """
+    if values is not None and len(set(values)) < len(values):
+        raise ValueError("name each only once")
+    return values
 
 
 def ranking_name(ranking: "Configuration") -> str:
@@ -115,9 +162,21 @@ def ranking_name(ranking: "Configuration") -> str:
 
 
 def num_trainings(request: Mapping[str, Any]) -> int:
-    """Return how many trainings a stored request asks for at most; 0 without verification."""
+    """Return how many trainings a stored request asks for at most; 0 without verification.
+
+    Before the model is read its layer groups are not known: they are taken to be the usual six.
+    """
     verify = request.get("verify")
     if not verify:
         return 0
     arms = verify["arms"] if verify["arms"] is not None else ArmName
-    return (len(arms) + len(verify["rankings"])) * len(verify["seeds"])
+    num_arms = len(arms) + len(verify["rankings"])
+    if configurations := verify.get("configurations"):
+        groups = request.get("layer_groups")
+        num_arms += (
+            len(configurations["estimators"] or request["estimators"])
+            * len(configurations["aggregations"] or request["aggregations"])
+            * (len(groups) if groups else _USUAL_GROUPS)
+            * len(configurations["correct_only"])
+        )
+    return num_arms * len(verify["seeds"])

@@ -67,7 +67,7 @@ async def upload_dataset(
             options = UploadOptions.model_validate(fields)
         except ValidationError as error:
             raise RequestValidationError(
-                [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+                [{**item, "loc": ("body", *item["loc"])} for item in error.errors()], body=fields
             ) from error
         row = await run_in_threadpool(
             service.store_dataset,

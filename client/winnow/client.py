@@ -1,19 +1,18 @@
 """The client of the service's HTTP API."""
 
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 from urllib.parse import quote
 
 import httpx2
 
 from winnow import download
 from winnow.connection import Connection, parse
-from winnow.errors import NotDoneInTime, seconds_of
+from winnow.experiments import Experiments
 from winnow.requests import AuditRequest, Columns, RankingRequest
 from winnow.results import (
     Aggregation,
@@ -28,11 +27,9 @@ from winnow.results import (
     Suspect,
     SuspectPage,
 )
+from winnow.waiting import wait_until_done
 
 UPLOAD_TIMEOUT_SECONDS = 600.0  # the service checks every row before it answers
-POLL_SECONDS = 2.0
-
-Awaited = TypeVar("Awaited", Audit, Ranking)
 
 
 class Client(AbstractContextManager["Client"]):
@@ -47,6 +44,9 @@ class Client(AbstractContextManager["Client"]):
         api_key: a key of `winnow keys create`, where the service asks for one.
         timeout: seconds without a byte after which a try is given up.
         attempts: tries of one call, the first included.
+
+    Attributes:
+        experiments: comparisons over tasks and seeds.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Client(AbstractContextManager["Client"]):
         attempts: int = 8,
     ) -> None:
         self._connection = Connection(base_url, api_key=api_key, timeout=timeout, attempts=attempts)
+        self.experiments = Experiments(self._connection)
 
     def __exit__(
         self,
@@ -149,40 +150,14 @@ class Client(AbstractContextManager["Client"]):
         Raises:
             NotDoneInTime: the timeout passed; the audit goes on.
         """
-        return self._wait(
-            Audit, audit_id, (), progress=progress, poll_seconds=poll_seconds, timeout=timeout
+        return wait_until_done(
+            self._connection,
+            Audit,
+            _path(audit_id),
+            progress=progress,
+            poll_seconds=poll_seconds,
+            timeout=timeout,
         )
-
-    def _wait(
-        self,
-        kind: type[Awaited],
-        audit_id: str,
-        rest: tuple[str, ...],
-        *,
-        progress: Callable[[Awaited], None] | None,
-        poll_seconds: float | None,
-        timeout: float | None,
-    ) -> Awaited:
-        """Return an audit, or what stands at a path below it, when it is done."""
-        give_up_at = None if timeout is None else time.monotonic() + timeout
-        headers: dict[str, str] = {}
-        while True:
-            response = self._connection.call("GET", _path(audit_id, *rest), headers=headers)
-            if response.status_code != httpx2.codes.NOT_MODIFIED:
-                answer = parse(kind, response)
-                headers = {"If-None-Match": response.headers.get("etag", "")}
-                if progress is not None:
-                    progress(answer)
-                if answer.done:
-                    return answer
-            asked = seconds_of(response.headers.get("retry-after"))
-            pause = poll_seconds if poll_seconds is not None else asked or POLL_SECONDS
-            if give_up_at is not None and time.monotonic() + pause > give_up_at:
-                name = rest[-1] if rest else audit_id
-                raise NotDoneInTime(
-                    "Not done in time", detail=f"{name} is still running after {timeout:g} s."
-                )
-            time.sleep(pause)
 
     def cancel(self, audit_id: str) -> Audit:
         """Ask an audit to stop; it ends within seconds, as `wait` will show."""
@@ -237,11 +212,10 @@ class Client(AbstractContextManager["Client"]):
         Raises:
             NotDoneInTime: the timeout passed; the ranking goes on.
         """
-        return self._wait(
+        return wait_until_done(
+            self._connection,
             Ranking,
-            audit_id,
-            _ranking(ranking_id),
-            progress=None,
+            _path(audit_id, *_ranking(ranking_id)),
             poll_seconds=poll_seconds,
             timeout=timeout,
         )

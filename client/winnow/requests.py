@@ -1,6 +1,6 @@
 """What the service is asked, typed. What is left out is the service's default."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -90,8 +90,27 @@ class PlantNoise(Request):
     seed: int | None = None
 
 
+class Probes(Request):
+    """Copies of training samples with wrong targets, by which auto chooses and measures."""
+
+    fraction: float | None = None
+    seed: int | None = None
+
+
+class Configuration(Request):
+    """One way to rank: an estimator on some layers with an aggregation; nothing is auto."""
+
+    estimator: str | None = None
+    layers: str | None = None
+    aggregation: str | None = None
+    vote_fraction: float | None = None
+    trim_fraction: float | None = None
+    common_share: float | None = None
+    correct_only: bool | None = None
+
+
 class RankingSpecification(Request):
-    """Which influence makes the ranking."""
+    """Which influence makes the ranking; estimator, layers and aggregation may be auto."""
 
     estimator: str | None = None
     layers: str | None = None
@@ -115,27 +134,37 @@ class RankingRequest(RankingSpecification):
     The audit's own `flag` holds when none is given here.
     """
 
-    flag: Flag | None = None
+    flag: Flag | Literal["auto"] | None = None
+
+
+class Configurations(Request):
+    """Every configuration of the audit's table, each an arm of its own; or some of them."""
+
+    correct_only: list[bool] | None = None
+    estimators: list[str] | None = None
+    aggregations: list[str] | None = None
 
 
 class Verify(Request):
     """Fine-tune again without the lowest-scored samples, and measure on the test set.
 
-    `arms` are of filtered, relabelled, full, random and oracle; each of `rankings` is one more.
+    `arms` are of filtered, relabelled, full, random and oracle; each of `rankings` is one more, and
+    so is every one of the `configurations`.
     """
 
     fraction: float | None = None
     seeds: list[int] | None = None
     arms: list[str] | None = None
-    rankings: list[RankingSpecification] | None = None
+    rankings: list[Configuration] | None = None
+    configurations: Configurations | None = None
     confidence: float | None = None
 
 
 class AuditRequest(Request):
     """Everything that decides an audit; README.md explains every option.
 
-    `task` is classification or causal_lm; only self_influence and the baselines do without a
-    validation set.
+    `task` is classification or causal_lm; without a validation set a part of the training set
+    stands in for it.
     """
 
     task: str | None = None
@@ -145,14 +174,60 @@ class AuditRequest(Request):
     test: DatasetSource | None = None
     fine_tune: FineTune | None = None
     plant_noise: PlantNoise | None = None
-    estimators: list[str] | None = None
+    estimators: list[str] | Literal["auto"] | None = None
     estimator_parameters: dict[str, dict[str, float]] | None = None
     aggregations: list[str] | None = None
+    layer_groups: list[str] | None = None
     ranking: RankingSpecification | None = None
-    flag: Flag | None = None
+    probes: Probes | None = None
+    flag: Flag | Literal["auto"] | None = None
     verify: Verify | None = None
     max_tokens: int | None = None
     precision: str | None = None
     max_nonfinite_fraction: float | None = None
     seed: int | None = None
+    metadata: dict[str, str] | None = None
+
+
+class ExperimentTask(Request):
+    """A model and the data that it is fine-tuned, judged and tested on."""
+
+    name: str
+    task: str | None = None
+    model: ModelSource
+    train: DatasetSource
+    validation: DatasetSource | None = None
+    test: DatasetSource | None = None
+    fine_tune: FineTune | None = None
+    max_tokens: int | None = None
+    precision: str | None = None
+
+
+class ExperimentVerify(Request):
+    """Fine-tune again without what the configurations put lowest; or of some of them only."""
+
+    fraction: float | None = None
+    estimators: list[str] | None = None
+    aggregations: list[str] | None = None
+
+
+class ExperimentRequest(Request):
+    """Tasks × seeds × estimators × layer groups × aggregations; README.md explains it.
+
+    To leave out the verification, or to use noise that is known, send the body as a dict with
+    `verify` or `noise_fraction` None.
+    """
+
+    tasks: list[ExperimentTask]
+    seeds: list[int] | None = None
+    estimators: list[str] | None = None
+    estimator_parameters: dict[str, dict[str, float]] | None = None
+    layer_groups: list[str] | None = None
+    aggregations: list[str] | None = None
+    correct_only: list[bool] | None = None
+    vote_fraction: float | None = None
+    trim_fraction: float | None = None
+    common_share: float | None = None
+    noise_fraction: float | None = None
+    verify: ExperimentVerify | None = None
     metadata: dict[str, str] | None = None

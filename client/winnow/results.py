@@ -130,6 +130,40 @@ class Verification(Result):
     warnings: list[str]
 
 
+class ChosenConfiguration(Result):
+    """A configuration, and how well it finds the planted probes; its weight in a consensus."""
+
+    estimator: str
+    layers: str
+    aggregation: str
+    correct_only: bool
+    vote_fraction: float
+    trim_fraction: float
+    common_share: float
+    weight: float | None = None
+    auc_ndr: float
+
+
+class Choice(Result):
+    """What auto or consensus chose by planted probes, and why; `works`: better than chance."""
+
+    num_probes: int
+    num_samples: int
+    chance: float
+    works: bool
+    members: list[ChosenConfiguration]
+    configurations: list[ChosenConfiguration]
+
+
+class NoiseEstimate(Result):
+    """How much of the training set seems to be wrong, from 0 to 1, with an interval."""
+
+    share: float
+    low: float
+    high: float
+    confidence: float
+
+
 class AuditResults(Result):
     """What a finished audit found.
 
@@ -146,6 +180,8 @@ class AuditResults(Result):
     detection: Detection | None
     num_non_finite: int | None = None
     num_non_finite_validation: int | None = None
+    choice: Choice | None = None
+    noise: NoiseEstimate | None = None
     cancellation: dict[str, Cancellation] | None = None
     projection: ProjectionReport | None = None
     preflight: dict[str, Any] | None = None
@@ -184,6 +220,7 @@ class Audit(Result):
     cancel_requested_at: datetime | None
     request: dict[str, Any]
     metadata: dict[str, str]
+    experiment_id: str | None = None
     num_train: int | None
     num_validation: int | None
     provenance: dict[str, Any]
@@ -199,6 +236,8 @@ class RankingResults(Result):
 
     num_flagged: int
     detection: Detection | None
+    choice: Choice | None = None
+    noise: NoiseEstimate | None = None
     files: dict[FileFormat, ResultFile]
     warnings: list[str]
     score_order: str
@@ -252,6 +291,9 @@ class Suspect(Result):
     loss: float
     score: float
     flagged: bool
+    noise_probability: float | None = None
+    suggested_label: str | None = None
+    suggested_probability: float | None = None
     is_noisy: bool | None
     non_finite: bool = False
 
@@ -368,3 +410,142 @@ class Aggregation(Result):
     formula: str
     description: str
     parameters: list[Parameter]
+
+
+class ExperimentAudit(Result):
+    """One audit of an experiment."""
+
+    id: str
+    task: str
+    seed: int
+    state: str
+    progress: float
+    error: AuditError | None
+    href: str
+
+
+class Experiment(Result):
+    """An experiment and where it stands.
+
+    `state` is running until every audit has ended, then succeeded, failed or cancelled.
+    """
+
+    id: str
+    state: str
+    done: bool
+    progress: float
+    created_at: datetime
+    finished_at: datetime | None
+    cancel_requested_at: datetime | None
+    request: dict[str, Any]
+    metadata: dict[str, str]
+    num_audits: int
+    num_ended: int
+    audits: list[ExperimentAudit]
+    links: dict[str, str]
+
+
+class ExperimentPage(Result):
+    """A page of experiments."""
+
+    data: list[Experiment]
+    next_cursor: str | None
+
+
+class ResultRow(Result):
+    """One configuration, or baseline, in one audit.
+
+    The last four measure the model without what the configuration put lowest, on the test set.
+    """
+
+    task: str
+    model: str
+    seed: int
+    estimator: str
+    layer_group: str | None
+    layer_position: str | None
+    aggregation: str | None
+    correct_only: bool
+    ndr_10: float | None
+    ndr_20: float | None
+    ndr_30: float | None
+    auc_ndr: float | None
+    cancellation_l1: float | None
+    cancellation_l2: float | None
+    num_train: int | None
+    accuracy: float | None
+    macro_f1: float | None
+    exact_match: float | None
+    loss: float | None
+
+
+class Level(Result):
+    """How often one level of a factor beats the others; a tie counts half."""
+
+    level: str
+    win_rate: float
+    num_comparisons: int
+
+
+class WinRates(Result):
+    """The win rates of a factor's levels by one measure, of a model or of all (None)."""
+
+    factor: str
+    measure: str
+    model: str | None
+    levels: list[Level]
+
+
+class CellCorrelation(Result):
+    """Spearman's rank correlation in one audit."""
+
+    task: str
+    seed: int
+    spearman: float | None
+    num_points: int
+
+
+class Correlation(Result):
+    """How well detection, or cancellation, predicts what the filtered models are worth."""
+
+    predictor: str
+    outcome: str
+    over: str
+    mean: float | None
+    audits: list[CellCorrelation]
+
+
+class Best(Result):
+    """The best configuration of a model (over its tasks: None) or of a task, beside baselines."""
+
+    model: str
+    task: str | None
+    measure: str
+    estimator: str
+    layer_group: str
+    aggregation: str | None
+    correct_only: bool
+    means: dict[str, float]
+    beside: dict[str, dict[str, float]]
+
+
+class Missing(Result):
+    """An audit that the tables lack, and why."""
+
+    task: str
+    seed: int
+    audit_id: str
+    state: str
+    error: AuditError | None
+
+
+class ExperimentResults(Result):
+    """The tables of an experiment: partial where audits have failed or were cancelled."""
+
+    experiment_id: str
+    is_partial: bool
+    missing: list[Missing]
+    win_rates: list[WinRates]
+    correlations: list[Correlation]
+    best: list[Best]
+    rows: list[ResultRow]

@@ -22,6 +22,7 @@ from app import supervisor
 from app.child import start_child
 from app.commands import register
 from app.embedded import EmbeddedServers
+from app.jobs import CPU_QUEUE_NAME, QUEUE_NAME
 from app.settings import Settings, get_settings
 
 WINNOW = [sys.executable, "-P", "-m", "app"]
@@ -267,3 +268,37 @@ def test_a_child_prints_where_it_is_told(tmp_path: Path) -> None:
         )
         assert child.wait(10) == 0
     assert log.read_text() == "hello\n"
+
+
+class TestWorkersChoice:
+    """What a worker takes."""
+
+    @pytest.mark.parametrize(
+        ("options", "queues"),
+        [
+            ((), [QUEUE_NAME, CPU_QUEUE_NAME]),
+            (("--cpu",), [CPU_QUEUE_NAME]),
+            (("--gpu",), [QUEUE_NAME]),
+        ],
+    )
+    def test_it_is_all_work_unless_it_is_told_otherwise(
+        self, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], queues: list[str]
+    ) -> None:
+        taken: list[list[str]] = []
+
+        def run_worker(chosen: list[str]) -> int:
+            taken.append(chosen)
+            return 0
+
+        monkeypatch.setattr("workers.celery_app.run_worker", run_worker)
+        app = Typer()
+        register(app)
+        result = CliRunner().invoke(app, ["worker", *options])
+        assert (result.exit_code, taken) == (0, [queues])
+
+    def test_it_cannot_leave_everything(self) -> None:
+        app = Typer()
+        register(app)
+        result = CliRunner().invoke(app, ["worker", "--cpu", "--gpu"])
+        assert result.exit_code == 2
+        assert "neither" in result.output

@@ -34,16 +34,6 @@ def upload(client: TestClient, name: str, content: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("changes", "pointer", "sentence"),
     [
-        ({"validation": None}, "#/validation", "needs a validation set"),
-        (
-            {
-                "validation": None,
-                "ranking": {"estimator": "loss"},
-                "estimators": ["self_influence", "datainf"],
-            },
-            "#/validation",
-            "datainf (estimators.1) needs a validation set",
-        ),
         ({"estimators": ["tracin"]}, "#/estimators/0", "at least 2 checkpoints"),
         (
             {"estimators": ["tracin"], "fine_tune": None, "model": ADAPTER},
@@ -55,7 +45,11 @@ def upload(client: TestClient, name: str, content: str) -> dict[str, str]:
             "#/estimators/0",
             "needs classes",
         ),
-        ({"ranking": {"estimator": "tracin_we"}}, "#/ranking/layers", "set ranking.layers to WE"),
+        (
+            {"ranking": {"estimator": "tracin_we", "layers": "all"}},
+            "#/ranking/layers",
+            "set ranking.layers to WE",
+        ),
         ({"ranking": {"layers": "middle"}}, "#/ranking/layers", "pattern"),
         ({"ranking": {"layers": "05-02"}}, "#/ranking/layers", "write 02-05"),
         ({"ranking": {"layers": "00,03-001,CL"}}, "#/ranking/layers", "write 001-03"),
@@ -155,7 +149,7 @@ def upload(client: TestClient, name: str, content: str) -> dict[str, str]:
                 ({"seeds": list(range(21))}, "seeds", "at most 20"),
                 ({"seeds": [-1]}, "seeds/0", "greater than or equal to 0"),
                 ({"arms": ["full", "full"]}, "arms", "name each only once"),
-                ({"arms": []}, "arms", "at least one of arms and rankings"),
+                ({"arms": []}, "arms", "at least one of arms, rankings and configurations"),
                 ({"arms": ["best"]}, "arms/0", "'filtered'"),
                 ({"arms": ["full", "oracle"]}, "arms/1", "arm oracle needs known noise"),
                 ({"confidence": 1}, "confidence", "less than or equal to 0.999"),

@@ -37,6 +37,9 @@ def path_of(audit: Audit, ranking: Ranking | None = None, *rest: str) -> str:
     return "/".join(parts)
 
 
+COSINE = {"estimator": "grad_cosine", "aggregation": "rank"}
+
+
 def own(audit: Audit) -> str:
     return f"{path_of(audit)}/{audit.summary['ranking_id']}"
 
@@ -53,12 +56,12 @@ class TestAsking:
         assert (ranking["state"], ranking["done"], ranking["is_own"]) == ("queued", False, False)
         assert ranking["request"] == {
             "estimator": "loss",
-            "layers": "all",
-            "aggregation": "rank",
+            "layers": "auto",
+            "aggregation": "auto",
             "vote_fraction": 0.3,
             "trim_fraction": 0.1,
             "common_share": 0.5,
-            "correct_only": False,
+            "correct_only": None,
             "flag": {"fraction": None, "count": 3},
         }
         with Session(engine) as session:
@@ -67,7 +70,8 @@ class TestAsking:
         assert client.get(response.headers["Location"]).json() == ranking
 
     def test_the_audits_own_flag_is_the_default(self, client: TestClient, finished: Audit) -> None:
-        ranking = client.post(path_of(finished), json={"layers": "CL"}).json()
+        asked = {"estimator": "loss"}
+        ranking = client.post(path_of(finished), json=asked).json()
         assert ranking["request"]["flag"] == {"fraction": 0.1, "count": None}
 
     @pytest.mark.parametrize(
@@ -76,10 +80,13 @@ class TestAsking:
             ({"estimator": "datainf"}, "#/estimator", "it has grad_cosine, loss, random, self_inf"),
             ({"estimator": "oracle"}, "#/estimator", "did not compute oracle"),
             ({"estimator": "magic"}, "#/estimator", "Input should be"),
-            ({"layers": "03-01"}, "#/layers", "write 01-03"),
+            ({**COSINE, "layers": "03-01"}, "#/layers", "write 01-03"),
             ({"layers": "middle"}, "#/layers", "pattern"),
             ({"estimator": "loss", "layers": "CL"}, "#/layers", "set layers to all"),
-            ({"layers": "WE"}, "#/layers", "word_embeddings to true in another audit"),
+            ({**COSINE, "layers": "WE"}, "#/layers", "word_embeddings to true in another audit"),
+            ({"layers": "CL"}, "#/estimator", "planted no probes"),
+            ({"estimator": "grad_cosine"}, "#/layers", "planted no probes"),
+            ({"estimator": "consensus"}, "#/estimator", "planted no probes"),
             ({"vote_fraction": 0}, "#/vote_fraction", "greater than 0"),
             ({"flag": {}}, "#/flag", "either fraction or count"),
             ({"k": 3}, "#/k", "Extra inputs"),
@@ -96,7 +103,7 @@ class TestAsking:
     def test_the_lengths_of_all_gradients_are_there_without_being_asked(
         self, client: TestClient, finished: Audit
     ) -> None:
-        body = {"estimator": "self_influence", "layers": "CL"}
+        body = {"estimator": "self_influence", "layers": "CL", "aggregation": "mean"}
         assert client.post(path_of(finished), json=body).status_code == 202
 
     def test_an_audit_that_has_not_succeeded_says_its_state(
@@ -105,13 +112,13 @@ class TestAsking:
         queued = make_audit(engine)
         failed = make_ended_audit(engine, AuditState.FAILED)
         for audit, state in ((queued, "queued"), (failed, "failed")):
-            response = client.post(path_of(audit), json={})
+            response = client.post(path_of(audit), json={"estimator": "loss"})
             assert (response.status_code, response.json()["state"]) == (409, state)
         assert client.get(path_of(queued)).json()["data"] == []
 
     def test_an_unknown_audit_is_not_found(self, client: TestClient, finished: Audit) -> None:
         for response in (
-            client.post("/v1/audits/aud_nope/rankings", json={}),
+            client.post("/v1/audits/aud_nope/rankings", json={"estimator": "loss"}),
             client.get("/v1/audits/aud_nope/rankings"),
             client.get(f"{path_of(finished)}/rnk_nope"),
             client.get(f"{path_of(finished)}/rnk_nope/suspects"),
@@ -122,7 +129,8 @@ class TestAsking:
 
 class TestIdempotency:
     def ask(self, client: TestClient, audit: Audit, key: str, **body: Any) -> Any:
-        return client.post(path_of(audit), json=body, headers={"Idempotency-Key": key})
+        asked = {**COSINE, "layers": "all", **body}
+        return client.post(path_of(audit), json=asked, headers={"Idempotency-Key": key})
 
     def test_the_same_key_is_the_same_ranking(self, client: TestClient, finished: Audit) -> None:
         first, again = (self.ask(client, finished, "k", layers="CL") for _ in range(2))
@@ -350,7 +358,7 @@ class TestWhatIsKept:
         app = create_app(for_ever, engine, api.state.celery)
         patient = TestClient(app, headers={"Authorization": client.headers["Authorization"]})
         assert patient.get(f"/v1/audits/{finished.id}").json()["kept"]["until"] is None
-        assert patient.post(path_of(finished), json={}).status_code == 202
+        assert patient.post(path_of(finished), json={"estimator": "loss"}).status_code == 202
 
     def test_when_it_is_over_no_further_ranking_is_taken(
         self, client: TestClient, engine: Engine, finished: Audit
@@ -358,7 +366,7 @@ class TestWhatIsKept:
         """Also in the moment before the files are gone."""
         with transaction(engine) as session:
             session.execute(update(Audit).values(finished_at=long_ago()))
-        response = client.post(path_of(finished), json={})
+        response = client.post(path_of(finished), json={"estimator": "loss"})
         assert response.status_code == 409
         assert "were deleted on 2020-01-31" in response.json()["detail"]
         assert "Submit the audit again" in response.json()["detail"]

@@ -71,6 +71,9 @@ class TestSuspects:
                 "loss": 1.5,
                 "score": 0.0,
                 "flagged": True,
+                "noise_probability": None,
+                "suggested_label": None,
+                "suggested_probability": None,
                 "is_noisy": True,
                 "non_finite": False,
             }

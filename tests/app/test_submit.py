@@ -58,7 +58,7 @@ def test_an_accepted_audit_is_in_the_database_with_its_first_unit_of_work(
     assert response.headers["Location"] == f"/v1/audits/{audit['id']}"
     assert response.headers["Retry-After"] == "2"
     assert (audit["state"], audit["done"], audit["metadata"]) == ("queued", False, {"run": "7"})
-    assert audit["request"]["ranking"]["estimator"] == "grad_cosine"
+    assert audit["request"]["ranking"]["estimator"] == "auto"
     with Session(engine) as session:
         unit = session.scalars(select(WorkUnit)).one()
         assert (unit.audit_id, unit.stage) == (audit["id"], Stage.PREPARE)
@@ -306,7 +306,7 @@ class TestIdempotency:
     ) -> None:
         row = {"tenant": "default", "route": "POST /v1/audits", "key": "a"}
         with Session(engine) as first, ThreadPoolExecutor(1) as pool:
-            first.add(IdempotencyKey(**row, body_sha256="other", audit_id="aud_never"))
+            first.add(IdempotencyKey(**row, body_sha256="other", answer_id="aud_never"))
             first.flush()
             twin = pool.submit(post, client, request_body(), "a")
             time.sleep(0.3)

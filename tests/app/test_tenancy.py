@@ -10,14 +10,18 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine, update
 from sqlalchemy.orm import Session
 
-from app.audits.models import Audit, Ranking
+from app.audits.models import Audit, AuditState, Ranking
 from app.datasets.models import Dataset
 from app.db import transaction
+from app.experiments.models import Experiment
 from app.keys.models import ApiKey
 from app.keys.service import create_key, revoke_key
 from app.settings import Settings
 from tests.factories import (
     CSV_TABLE,
+    experiment_body,
+    experiment_task,
+    finish_experiment,
     long_ago,
     make_audit,
     make_finished_audit,
@@ -48,21 +52,29 @@ def owned(client: TestClient, engine: Engine, settings: Settings) -> list[dict[s
         (finished.id, later.id),
         (make_audit(engine).id, "rnk_none"),
     ]
-    return [
+    experiments = [client.post("/v1/experiments", json=experiment_body()).json() for _ in range(2)]
+    states = [AuditState.SUCCEEDED, AuditState.FAILED]
+    finish_experiment(engine, experiments[0]["id"], states)
+    ids = [
         {"audit_id": audit, "ranking_id": ranking, "dataset_id": dataset}
         for audit, ranking in things
     ]
+    names = [experiments[place % 2]["id"] for place in range(len(ids))]
+    return [each | {"experiment_id": name} for each, name in zip(ids, names, strict=True)]
 
 
 def everything(engine: Engine) -> list[set[tuple[str, str]]]:
     with Session(engine) as session:
         rows = [(row.id, row.state) for row in (*session.query(Audit), *session.query(Ranking))]
-        return [set(rows), {(dataset.id, "") for dataset in session.query(Dataset)}]
+        things = [*session.query(Dataset), *session.query(Experiment)]
+        return [set(rows), {(thing.id, "") for thing in things}]
 
 
 def call(client: TestClient, method: str, path: str, ids: dict[str, str]) -> tuple[int, str]:
     url = path.format(**ids, index=0, file_format="csv")
     body = {"json": request_body()} if path == "/v1/audits" and method == "POST" else {}
+    if path == "/v1/experiments" and method == "POST":
+        body = {"json": experiment_body()}
     if path.endswith("/rankings") and method == "POST":
         body = {"json": {"estimator": "grad_cosine"}}
     response = client.request(method, url, **body)  # type: ignore[arg-type]
@@ -81,7 +93,7 @@ def test_a_stranger_walks_every_route_and_sees_nothing(
         (method, path, *call(stranger, method, path, ids))
         for ids in owned
         for method, path in routes(api)
-        if (method, path) != ("POST", "/v1/audits")
+        if (method, path) not in {("POST", "/v1/audits"), ("POST", "/v1/experiments")}
     ]
     assert len(walked) >= 3 * 22
     for method, path, status, text in walked:
@@ -151,6 +163,16 @@ def test_a_stranger_cannot_audit_an_upload(
     response = new_client("stranger").post("/v1/audits", json=request_body(train=train))
     assert response.status_code == 422
     assert "There is no upload" in response.json()["detail"]
+
+
+def test_a_stranger_cannot_experiment_with_an_upload(
+    new_client: Callable[[str], TestClient], owned: list[dict[str, str]]
+) -> None:
+    train = {"reference": f"upload:{owned[0]['dataset_id']}"}
+    body = experiment_body(tasks=[experiment_task(train=train)])
+    response = new_client("stranger").post("/v1/experiments", json=body)
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["pointer"] == "#/tasks/0/train/reference"
 
 
 def test_tenants_do_not_share_idempotency_keys(new_client: Callable[[str], TestClient]) -> None:

@@ -8,7 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 from celery import Celery
 from sqlalchemy import Engine
-from winnow import AuditRequest, Client, Columns, DatasetSource, DownloadDamaged, WinnowError
+from winnow import (
+    AuditRequest,
+    Client,
+    Columns,
+    DatasetSource,
+    DownloadDamaged,
+    Flag,
+    NotDoneInTime,
+    RankingRequest,
+    WinnowError,
+)
 
 from app.audits.folders import audit_folder
 from app.audits.models import AuditState
@@ -23,6 +33,7 @@ from tests.factories import (
     make_audit,
     make_ended_audit,
     make_finished_audit,
+    make_ranking,
     request_body,
 )
 
@@ -209,6 +220,47 @@ def test_a_download_is_the_file_of_the_results(
     assert hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
     if ending == "parquet":
         assert pq.read_table(path)["rank"].to_pylist() == [*range(10)]
+
+
+COSINE = {"estimator": "grad_cosine", "layers": "CL", "aggregation": "rank"}
+
+
+def test_another_ranking_from_asking_to_its_file(
+    client: Client, engine: Engine, settings: Settings, tmp_path: Path
+) -> None:
+    audit = make_finished_audit(engine, settings)
+    asked = client.rank(audit.id, RankingRequest(**COSINE, flag=Flag(count=2)))
+    assert (asked.state, asked.is_own, asked.request["flag"]["count"]) == ("queued", False, 2)
+    with pytest.raises(NotDoneInTime, match=asked.id):
+        client.wait_for_ranking(audit.id, asked.id, poll_seconds=0.01, timeout=0.05)
+    client.delete_ranking(audit.id, asked.id)
+    later = make_ranking(engine, audit, settings=settings)
+    done = client.wait_for_ranking(audit.id, later.id, timeout=10)
+    assert done.results is not None
+    assert client.ranking(audit.id, later.id) == done
+    listed = list(client.rankings(audit.id, page_size=1))
+    assert [(ranking.id, ranking.is_own) for ranking in listed] == [
+        (audit.summary["ranking_id"], True),
+        (later.id, False),
+    ]
+    assert [row.index for row in client.suspects(audit.id, ranking_id=later.id)] == [*range(10)]
+    assert [row.index for row in client.suspects(audit.id)] == [*reversed(range(10))]
+    assert client.sample(audit.id, 3, ranking_id=later.id).rank == 3
+    assert client.sample(audit.id, 3).rank == 6
+    assert list(client.layers(audit.id, ranking_id=later.id).layer_groups) == ["all"]
+    path = client.download(audit.id, tmp_path / "a.csv", ranking_id=later.id)
+    file = done.results.files["csv"]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
+
+
+def test_the_same_key_asks_for_a_ranking_once(
+    client: Client, engine: Engine, settings: Settings
+) -> None:
+    audit = make_finished_audit(engine, settings)
+    ids = {client.rank(audit.id, COSINE, idempotency_key="k").id for _ in range(2)}
+    assert len(ids) == 1
+    with pytest.raises(WinnowError, match="did not compute datainf"):
+        client.rank(audit.id, {"estimator": "datainf"})
 
 
 def test_a_file_that_changed_on_the_server_is_refused(

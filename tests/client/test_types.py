@@ -10,9 +10,12 @@ from pydantic import BaseModel
 
 import app.audits.answers
 import app.audits.schemas
+import app.audits.verification_schemas
 import app.catalogue
 import app.datasets.files
 import app.datasets.schemas
+import app.experiments.answers
+import app.experiments.schemas
 
 ANSWERS = [
     (getattr(winnow.results, name), getattr(module, name))
@@ -20,6 +23,9 @@ ANSWERS = [
         "Audit": app.audits.answers,
         "AuditError": app.audits.answers,
         "AuditResults": app.audits.answers,
+        "Choice": app.audits.answers,
+        "ChosenConfiguration": app.audits.answers,
+        "NoiseEstimate": app.audits.answers,
         "Kept": app.audits.answers,
         "Ranking": app.audits.answers,
         "RankingResults": app.audits.answers,
@@ -40,6 +46,16 @@ ANSWERS = [
         "AlikeSample": app.audits.answers,
         "ClassProbability": app.audits.answers,
         "Dataset": app.datasets.schemas,
+        "Experiment": app.experiments.answers,
+        "ExperimentAudit": app.experiments.answers,
+        "ExperimentResults": app.experiments.answers,
+        "ResultRow": app.experiments.answers,
+        "WinRates": app.experiments.answers,
+        "Level": app.experiments.answers,
+        "Correlation": app.experiments.answers,
+        "CellCorrelation": app.experiments.answers,
+        "Best": app.experiments.answers,
+        "Missing": app.experiments.answers,
         "Estimator": app.catalogue,
         "Aggregation": app.catalogue,
         "Parameter": app.catalogue,
@@ -56,10 +72,19 @@ REQUESTS = [
         "FineTune",
         "PlantNoise",
         "RankingSpecification",
+        "Configuration",
+        "Probes",
         "RankingRequest",
         "Flag",
         "Verify",
     )
+]
+REQUESTS += [
+    (winnow.requests.Configurations, app.audits.verification_schemas.Configurations),
+    *(
+        (getattr(winnow.requests, name), getattr(app.experiments.schemas, name))
+        for name in ("ExperimentRequest", "ExperimentTask", "ExperimentVerify")
+    ),
 ]
 
 

@@ -81,6 +81,46 @@ def test_an_audit_runs_from_upload_to_download(
     oracle = next(row for row in layers["data"] if row["estimator"] == "oracle")
     assert oracle["detection"]["auc_ndr"] == 1.0
 
+    another_ranking(service, audit)
+
+
+def another_ranking(service: Service, audit: dict[str, Any]) -> None:
+    """Rank by what the audit computed beside: a worker makes it, and the audit's own stays."""
+    audit_id, own_id = audit["id"], audit["results"]["ranking_id"]
+    assert audit["kept"]["influence_bytes"] > 0
+    path = f"/v1/audits/{audit_id}/rankings"
+    refused = service.http.post(path, json={"estimator": "ekfac"})
+    assert refused.status_code == 422
+    assert "it has grad_dot, grad_cosine, datainf" in refused.json()["detail"]
+
+    body = {"estimator": "grad_cosine", "layers": "04-05", "aggregation": "median"}
+    accepted = service.http.post(path, json=body)
+    assert accepted.status_code == 202, accepted.text
+    location = accepted.headers["location"]
+    service.wait_for(lambda: bool(service.http.get(location).json()["done"]), seconds=60)
+    ranking = service.http.get(location).json()
+    assert ranking["state"] == "succeeded", ranking
+    assert ranking["results"]["num_flagged"] == 40
+    assert ranking["results"]["detection"]["auc_ndr"] > 0.5
+
+    listed = service.http.get(path).json()["data"]
+    assert [item["id"] for item in listed] == [own_id, ranking["id"]]
+    file = service.http.get(ranking["results"]["files"]["jsonl"]["href"]).content
+    assert hashlib.sha256(file).hexdigest() == ranking["results"]["files"]["jsonl"]["sha256"]
+    page = service.http.get(f"{location}/suspects?limit=200").json()["data"]
+    assert [row["index"] for row in page] == [
+        orjson.loads(line)["index"] for line in file.splitlines()
+    ]
+    sample = service.http.get(f"{location}/samples/{page[0]['index']}").json()
+    chosen = next(group for group in sample["layer_groups"] if group["layer_group"] == "04-05")
+    assert (chosen["rank"], chosen["score"]) == (0, page[0]["score"])
+    layers = service.http.get(f"{location}/layers").json()["data"]
+    assert {(row["estimator"], row["aggregation"]) for row in layers} == {("grad_cosine", "median")}
+    assert service.audit(audit_id)["results"]["ranking_id"] == own_id
+
+    assert service.http.delete(location).status_code == 204
+    assert service.http.get(location).status_code == 404
+
 
 def test_an_audit_that_cannot_be_done_says_what_to_change(
     service: Service, request_body: dict[str, Any]

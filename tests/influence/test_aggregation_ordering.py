@@ -12,6 +12,7 @@ from workers.influence.aggregation import (
     by_column,
     columns,
     lowest_of_columns,
+    lowest_places,
     rank_columns,
     sort_columns,
 )
@@ -45,6 +46,18 @@ def test_columns_are_sorted_as_torch_sorts_them(
     order_CT = values_CT.argsort(dim=1, stable=True)
     assert torch.equal(sort_columns(values_CT), order_CT)
     assert torch.equal(rank_columns(values_CT).long(), order_CT.argsort(dim=1))
+
+
+@pytest.mark.parametrize("count", [1, 5, 50])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_lowest_places_of_a_sample_are_those_of_the_whole_order(
+    shape: tuple[int, int], count: int, device: torch.device
+) -> None:
+    """Ties by place, also from the other end: as torch's stable sort has them, both ways."""
+    values_KT = mixed_numbers(shape).to(device)
+    for descending, given_KT in ((False, values_KT), (True, -values_KT)):
+        whole_kT = values_KT.argsort(dim=0, descending=descending, stable=True)[:count]
+        assert torch.equal(lowest_places(given_KT, count), whole_kT)
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.3, 0.9, 1.0])

@@ -1,6 +1,7 @@
 """What the aggregators refuse, and how much they hold."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -113,3 +114,23 @@ def test_only_what_was_asked_is_computed() -> None:
     )
     with pytest.raises(KeyError):
         aggregator.scores("all", "rank", correct_only=False)
+
+
+@pytest.mark.parametrize("is_correct_V", [[True, False, True], [False] * 3, [True] * 3])
+@pytest.mark.parametrize("choice", [False, True])
+def test_one_choice_alone_gives_the_same_scores(is_correct_V: list[bool], choice: bool) -> None:
+    """Also where `correct_only` makes no difference, or would leave nothing."""
+    influence_KT = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {
+        "groups": {"all": (0, 1), "CL": (1,)},
+        "num_train": 7,
+        "is_correct_V": torch.tensor(is_correct_V),
+        "aggregations": ["median", "trimmed_mean"],
+    }
+    both, alone = SampleAggregator(**options), SampleAggregator(**options, choices=(choice,))
+    for aggregator in (both, alone):
+        aggregator.add(torch.arange(7), influence_KT)
+    for group in options["groups"]:
+        for name in options["aggregations"]:
+            expected_T = both.scores(group, name, correct_only=choice)
+            assert torch.equal(alone.scores(group, name, correct_only=choice), expected_T)

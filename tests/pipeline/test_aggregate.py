@@ -110,7 +110,7 @@ def test_cancellation_is_that_of_all_shards_together(tmp_path: Path) -> None:
             },
         )
     found = describe_cancellation(
-        TrainingFacts(artifacts, 2), ModelLayout.of(LAYOUT), layers="01-03,WE"
+        TrainingFacts(artifacts, 2), ModelLayout.of(LAYOUT), expressions=["01-03,WE", "all"]
     )
     everything = [row.double() for row in [*rows, words.flatten(1)]]
     expected = {**LAYOUT["groups"], "01-03,WE": [2, 3, 5]}

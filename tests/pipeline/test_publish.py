@@ -154,5 +154,6 @@ def test_rows_of_validation_samples(workplace: Workplace, tmp_path: Path, has_la
 
 
 def add_ranking(session: Session, audit_id: str, ranking_id: str) -> None:
-    session.add(Ranking(id=ranking_id, audit_id=audit_id, tenant=TENANT, specification={}))
+    ranking: dict[str, Any] = {"specification": {}, "flag": {}, "folder": "results"}
+    session.add(Ranking(id=ranking_id, audit_id=audit_id, tenant=TENANT, **ranking))
     session.flush()

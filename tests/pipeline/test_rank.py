@@ -39,7 +39,7 @@ RANKINGS: list[dict[str, Any]] = [
 
 def ask(place: Workplace, audit: Audit, **specification: Any) -> Ranking:
     """Ask for a ranking, and work until it has ended."""
-    ranking = make_ranking(place.engine, audit, **specification)
+    ranking = make_ranking(place.engine, audit, **{"layers": "all", **specification})
     place.finish(audit.id)
     with transaction(place.engine) as session:
         return session.get_one(Ranking, ranking.id)

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,26 +15,25 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from app.audits.assemble import assemble_audit
 from app.audits.models import Audit
-from app.db import transaction
-from app.work import repository as work
 from app.work.models import Stage
 from tests.influence import aggregation_oracles as slow
 from tests.oracles import sample_loss
 from tests.pipeline import tiny
 from tests.pipeline.conftest import Models
 from tests.pipeline.loops import instruction_ids, read_influence, review_ids
-from tests.pipeline.workplace import Workplace, interrupted, results
+from tests.pipeline.verifying import (
+    FINE_TUNE,
+    TEST,
+    TRAIN,
+    arms_of,
+    kept_rows,
+    plan_of,
+    submit_reviews,
+    without_lowest,
+)
+from tests.pipeline.workplace import Workplace
 from workers.pipeline.artifacts import read_tensors
-from workers.pipeline.training import Diverged, train
 
-FINE_TUNE: dict[str, Any] = {
-    "epochs": 4,
-    "learning_rate": 2e-2,
-    "batch_size": 8,
-    "dropout": 0.1,
-    "target_modules": ["all-linear"],
-}
-TRAIN, TEST = tiny.reviews(60, seed=0), tiny.reviews(25, seed=2)
 NAMES = ["neg", "pos"]
 RANKINGS: list[dict[str, Any]] = [
     {"estimator": "grad_dot", "aggregation": "mean"},
@@ -46,46 +46,16 @@ RANKINGS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def submit(workplace: Workplace, models: Models) -> Callable[..., str]:
-    """Submit an audit of reviews with planted noise, fine-tuning and a verification."""
-
-    def submit(**request: Any) -> str:
-        defaults = {
-            "fine_tune": FINE_TUNE,
-            "plant_noise": {"fraction": 0.2},
-            "test": workplace.table("test", TEST),
-            "verify": {"seeds": [0, 1]},
-        }
-        return workplace.submit(models.encoder, **workplace.reviews() | defaults | request)
-
-    return submit
-
-
-def arms_of(audit: Audit) -> dict[str, dict[str, Any]]:
-    return {arm["name"]: arm for arm in audit.summary["verification"]["arms"]}
-
-
-def kept_rows(workplace: Workplace, audit: Audit, arm: str, *, seed: int = 0) -> list[int]:
-    """Read which training samples an arm keeps."""
-    artifacts = workplace.artifacts(audit.id)
-    plan = json.loads(artifacts.plan.read_text())
-    (planned,) = [item for item in plan["arms"] if item["name"] == arm]
-    place = audit.request["verify"]["seeds"].index(seed)
-    number = plan["trainings"][planned["trainings"][place]]["data"]
-    kept_T = read_tensors(artifacts.kept_sets)[f"kept/{number:05d}"]
-    rows: list[int] = kept_T.nonzero().flatten().tolist()
-    return rows
-
-
-def without_lowest(scores: list[float], fraction: float) -> list[int]:
-    order = sorted(range(len(scores)), key=lambda place: (scores[place], place))
-    return sorted(order[round(fraction * len(scores)) :])
+    return partial(submit_reviews, workplace, models)
 
 
 class TestWhatIsKept:
     @pytest.fixture
     def audit(self, workplace: Workplace, submit: Callable[..., str]) -> Audit:
         verify = {"fraction": 0.25, "seeds": [3, 0], "rankings": RANKINGS}
-        return workplace.succeed(submit(verify=verify, fine_tune=FINE_TUNE | {"epochs": 1}))
+        audit_id = submit(verify=verify, fine_tune=FINE_TUNE | {"epochs": 1})
+        workplace.claim_stage(audit_id, Stage.VERIFY)  # all is planned, and nothing trained yet
+        return workplace.audit(audit_id)
 
     def test_it_is_what_the_scores_say(self, workplace: Workplace, audit: Audit) -> None:
         ranked = sorted(workplace.ranked_rows(audit.id), key=lambda row: row.sample_index)
@@ -101,7 +71,7 @@ class TestWhatIsKept:
         assert [len(kept) for kept in random] == [45, 45]
         assert random[0] != random[1]
 
-        arms = arms_of(audit)
+        arms = {arm["name"]: arm for arm in plan_of(workplace, audit)["arms"]}
         assert (arms["filtered"]["num_train"], arms["filtered"]["num_removed"]) == (45, 15)
         assert (arms["oracle"]["num_train"], arms["oracle"]["num_removed"]) == (48, 12)
         assert (arms["full"]["num_train"], arms["full"]["num_removed"]) == (60, 0)
@@ -151,13 +121,47 @@ class TestWhatIsKept:
             ).tolist(),
             "loss/all/rank": [-row.loss for row in workplace.training_rows(audit.id)],
         }
-        arms = arms_of(audit)
+        arms = {arm["name"]: arm for arm in plan_of(workplace, audit)["arms"]}
         assert list(arms) == ["filtered", "relabelled", "full", "random", "oracle", *expected]
         for name, scores in expected.items():
             assert kept_rows(workplace, audit, name) == without_lowest(scores, 0.25), name
             assert arms[name]["ranking"]["estimator"] == name.split("/")[0]
         in_table = {row["estimator"] for row in audit.summary["configurations"]}
         assert in_table >= {"grad_dot", "grad_cosine", "self_influence"}
+
+
+def test_every_configuration_of_the_table_is_an_arm(
+    workplace: Workplace, submit: Callable[..., str]
+) -> None:
+    """The same as if each had been named; those that are named stand once."""
+    asked: dict[str, Any] = {
+        "estimators": ["grad_dot", "self_influence"],
+        "aggregations": ["mean", "vote"],
+        "layer_groups": ["all", "CL", "00-01"],
+        "ranking": {"estimator": "grad_dot", "aggregation": "mean", "vote_fraction": 0.4},
+        "fine_tune": FINE_TUNE | {"epochs": 1},
+    }
+    options: dict[str, Any] = {"arms": ["full"], "seeds": [0]}
+    named: dict[str, Any] = {"estimator": "grad_dot", "layers": "CL", "aggregation": "mean"}
+    configurations = {"correct_only": [True], "estimators": ["grad_dot", "loss"]}
+    verify = options | {"rankings": [named], "configurations": configurations}
+    audit = workplace.succeed(submit(**asked, verify=verify))
+    rankings = [named]
+    for layers in ("all", "CL", "00-01"):
+        for aggregation in ("mean", "vote"):
+            wanted = {"layers": layers, "aggregation": aggregation, "vote_fraction": 0.4}
+            rankings.append({"estimator": "grad_dot", **wanted, "correct_only": True})
+    rankings.append({"estimator": "loss", "aggregation": "mean"})
+    alike = workplace.succeed(submit(**asked, verify=options | {"rankings": rankings}))
+    arms, expected = arms_of(audit), arms_of(alike)
+    assert set(arms) == set(expected)
+    assert "grad_dot/00-01/vote=0.4/correct_only" in arms
+    for name, arm in arms.items():
+        assert arm["metrics"] == expected[name]["metrics"], name
+    assert {item["layer_group"] for item in audit.summary["configurations"]} == {
+        *("all", "CL", "00-01")
+    }
+    assert set(audit.summary["cancellation"]) >= {"all", "CL", "00-01"}
 
 
 def test_arms_that_keep_the_same_share_their_trainings(
@@ -276,7 +280,7 @@ class TestLanguageModels:
             validation=workplace.table("trusted_instructions", tiny.instructions(10, seed=1)),
             test=workplace.table("asked_instructions", test),
             fine_tune=self.FINE_TUNE,
-            verify={"arms": ["full", "random", "filtered"], "seeds": [0, 5]},
+            verify={"arms": ["full"], "seeds": [0]},
         )
 
     def test_exact_match_is_what_greedy_decoding_writes(
@@ -321,8 +325,8 @@ class TestLanguageModels:
         assert full["metrics"].keys() == {"loss", "exact_match"}
         assert full["metrics"]["exact_match"]["values"][0] == pytest.approx(sum(exact) / 30)
         assert full["metrics"]["loss"]["values"][0] == pytest.approx(sum(losses) / 30, rel=1e-4)
-        plan = json.loads(workplace.artifacts(audit.id).plan.read_text())
-        (number, _) = plan["arms"][0]["trainings"]
+        plan = plan_of(workplace, audit)
+        (number,) = plan["arms"][0]["trainings"]
         outcome = read_tensors(workplace.artifacts(audit.id).outcome(number))
         assert outcome["is_exact"].tolist() == exact
         assert outcome["loss"].tolist() == pytest.approx(losses, rel=1e-4)
@@ -339,197 +343,3 @@ class TestLanguageModels:
         )
         audit = workplace.succeed(audit_id)
         assert list(arms_of(audit)) == ["filtered", "full", "random"]
-
-
-class TestInterrupted:
-    VERIFY: ClassVar[dict[str, Any]] = {"seeds": [2], "arms": ["relabelled"]}
-
-    def outcome(self, workplace: Workplace, audit_id: str) -> bytes:
-        return workplace.artifacts(audit_id).outcome(0).read_bytes()
-
-    def test_stopped_at_any_step_it_goes_on_to_the_bit(
-        self,
-        workplace: Workplace,
-        submit: Callable[..., str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        request = {"verify": self.VERIFY, "fine_tune": FINE_TUNE | {"epochs": 2}}
-        quiet = workplace.succeed(submit(**request))
-        expected = self.outcome(workplace, quiet.id)
-        tick, was_interrupted = 0, True
-        while was_interrupted:
-            tick += 5
-            audit_id = submit(**request)
-            claim = workplace.claim_stage(audit_id, Stage.VERIFY)
-            with interrupted(monkeypatch, tick=tick):
-                was_interrupted = not workplace.execute(claim)
-            torch.manual_seed(tick)  # the next worker is another process
-            audit = workplace.succeed(audit_id)
-            assert self.outcome(workplace, audit_id) == expected, f"interrupted at tick {tick}"
-            assert audit.summary["verification"] == quiet.summary["verification"]
-            assert results(audit) == results(quiet)
-        assert tick > 2 * 8, "in the middle of every epoch, and in the answers"
-
-    def test_cancelled_it_stops_within_a_batch(
-        self,
-        workplace: Workplace,
-        submit: Callable[..., str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        place = workplace.with_settings(heartbeat_seconds=0.01)
-        audit_id = submit(verify=self.VERIFY, fine_tune=FINE_TUNE | {"epochs": 8})
-        claim = place.claim_stage(audit_id, Stage.VERIFY)
-        assert place.audit(audit_id).state == "verifying"
-        with transaction(place.engine) as session:
-            work.request_cancel(session, session.get_one(Audit, audit_id))
-        assert place.execute(claim) == []
-        audit = place.audit(audit_id)
-        assert (audit.state, audit.summary.keys() & {"verification"}) == ("cancelled", set())
-        assert not place.artifacts(audit_id).outcome(0).exists()
-
-    def test_a_training_that_is_done_is_not_done_again(
-        self,
-        workplace: Workplace,
-        submit: Callable[..., str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        """A worker that dies between the file and the commit leaves the file to the next."""
-        audit_id = submit(verify=self.VERIFY)
-        claim = workplace.claim_stage(audit_id, Stage.VERIFY)
-        with monkeypatch.context() as patch:
-            patch.setattr(work, "complete", died)
-            workplace.execute(claim)
-        before = self.outcome(workplace, audit_id)
-        monkeypatch.setattr("workers.pipeline.verify.train", died)
-        audit = workplace.succeed(audit_id)
-        assert self.outcome(workplace, audit_id) == before
-        assert arms_of(audit)["relabelled"]["metrics"]["accuracy"]["mean"] is not None
-
-
-def died(*_: Any, **__: Any) -> Any:
-    raise ConnectionError("the worker died here")
-
-
-class TestWhatIsSaidOfOddArms:
-    def table(self, workplace: Workplace, labels: list[str], noise: list[bool]) -> dict[str, Any]:
-        texts = [f"{word} film" for word in (*tiny.GOOD, *tiny.BAD)][: len(labels)]
-        columns = {"text": "text", "label": "label", "noise": "noise"}
-        table = {"text": texts, "label": labels, "noise": noise}
-        return workplace.table("odd", table) | {"columns": columns}
-
-    def warnings(self, audit: Audit) -> str:
-        return "\n".join(audit.summary["verification"]["warnings"])
-
-    def test_an_arm_without_samples_has_no_measures(
-        self, workplace: Workplace, submit: Callable[..., str]
-    ) -> None:
-        train = self.table(workplace, ["pos", "neg"] * 4, [True] * 8)
-        audit = workplace.succeed(
-            submit(train=train, plant_noise=None, verify={"arms": ["full", "oracle"]})
-        )
-        oracle = arms_of(audit)["oracle"]
-        assert (oracle["num_train"], oracle["num_removed"]) == (0, 8)
-        assert oracle["metrics"]["accuracy"] == {"mean": None, "values": [None, None, None]}
-        assert oracle["against_full"]["accuracy"] is None
-        assert "The arm oracle leaves no sample to train on" in self.warnings(audit)
-
-    def test_an_audit_of_nothing_but_such_arms_ends_all_the_same(
-        self, workplace: Workplace, submit: Callable[..., str]
-    ) -> None:
-        train = self.table(workplace, ["pos", "neg"] * 4, [True] * 8)
-        audit = workplace.succeed(
-            submit(train=train, plant_noise=None, verify={"arms": ["oracle"]})
-        )
-        assert audit.provenance["num_trainings"] == 0
-        assert arms_of(audit)["oracle"]["against_full"] is None
-
-    def test_a_class_that_is_lost_is_named(
-        self, workplace: Workplace, submit: Callable[..., str]
-    ) -> None:
-        noise = [label == "neg" for label in ["pos", "neg"] * 4]
-        train = self.table(workplace, ["pos", "neg"] * 4, noise)
-        audit = workplace.succeed(
-            submit(train=train, plant_noise=None, verify={"arms": ["full", "oracle"], "seeds": [0]})
-        )
-        said = self.warnings(audit)
-        assert "The arm oracle trains on no sample of the class 'neg'. One class is left" in said
-        assert "One seed gives no interval" in said
-        against = arms_of(audit)["oracle"]["against_full"]["accuracy"]
-        assert (against["low"], against["num_seeds"]) == (None, 1)
-        assert against["sample_low"] is not None
-
-    def test_test_samples_that_took_part_are_counted(
-        self, workplace: Workplace, submit: Callable[..., str]
-    ) -> None:
-        test = {
-            "text": [*TRAIN["text"][:3], *TEST["text"]],
-            "label": [*TRAIN["label"][:3], *TEST["label"]],
-        }
-        audit = workplace.succeed(
-            submit(
-                test=workplace.table("leaking", test),
-                fine_tune=FINE_TUNE | {"epochs": 1},
-                verify={"arms": ["full"]},
-            )
-        )
-        assert "3 of the 28 test samples stand in the training set too" in self.warnings(audit)
-
-    def test_a_training_that_diverges_ends_no_audit(
-        self,
-        workplace: Workplace,
-        submit: Callable[..., str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        def diverging(context: Any, runner: Any, training: Any) -> Any:
-            if training.options.seed == 1 and len(training.index_N) < 60:
-                raise Diverged(7)
-            return train(context, runner, training)
-
-        monkeypatch.setattr("workers.pipeline.verify.train", diverging)
-        audit = workplace.succeed(
-            submit(
-                fine_tune=FINE_TUNE | {"epochs": 1},
-                verify={"arms": ["full", "filtered"], "seeds": [0, 1, 2]},
-            )
-        )
-        arms = arms_of(audit)
-        accuracy = arms["filtered"]["metrics"]["accuracy"]
-        assert [value is None for value in accuracy["values"]] == [False, True, False]
-        assert accuracy["mean"] == pytest.approx(
-            (accuracy["values"][0] + accuracy["values"][2]) / 2
-        )
-        assert arms["filtered"]["against_full"]["accuracy"]["num_seeds"] == 2
-        assert "The arm filtered diverged with seed 1, which has no" in self.warnings(audit)
-
-
-@pytest.mark.parametrize(
-    ("test", "field", "sentence"),
-    [
-        ({"text": ["a film"], "label": ["maybe"]}, "test.columns.label", "has labels that the"),
-        ({"text": ["a film"], "label": [1]}, "test.columns.label", "both have text labels"),
-        ({"text": ["a film"]}, "test.columns.label", "label"),
-        ({"text": [], "label": []}, "test", "no rows"),
-    ],
-)
-def test_a_test_set_that_does_not_fit_is_refused_by_name(
-    workplace: Workplace,
-    submit: Callable[..., str],
-    test: dict[str, Any],
-    field: str,
-    sentence: str,
-) -> None:
-    audit = workplace.finish(submit(test=workplace.table("unfit", test)))
-    assert (audit.state, audit.error_field) == ("failed", field)
-    assert sentence in (audit.error_message or "")
-
-
-def test_layers_that_the_model_has_not_are_refused_before_the_work(
-    workplace: Workplace, submit: Callable[..., str]
-) -> None:
-    rankings = [{"layers": "00"}, {"layers": "07"}]
-    audit = workplace.finish(submit(verify={"rankings": rankings}))
-    assert (audit.error_code, audit.error_field) == (
-        "unknown_layers",
-        "verify.rankings.1.layers",
-    )
-    assert audit.timings.keys() == {"prepare", "fine_tune"}

@@ -53,7 +53,9 @@ def aggregate(context: StageContext) -> StageOutput:
             scorer=scorer,
             estimators=estimators,
             score_T=ranked.group_scores[ranked.layers],
+            lead=made.choice.lead,
             suggested_T=ranked.judgement.suggested_T if ranked.judgement else None,
+            table=made.summary["configurations"],
         )
         provenance["num_trainings"] = len(plan.trainings)
     evidence = find_evidence(context, findings, ranked.group_scores[ranked.layers])
@@ -111,7 +113,11 @@ def aggregate(context: StageContext) -> StageOutput:
                     *(preflight or {}).get("warnings", ()),
                 ],
                 "files": files,
-                **describe_cancellation(facts, findings.layout, layers=made.choice.lead.layers),
+                **describe_cancellation(
+                    facts,
+                    findings.layout,
+                    expressions=(*(request.layer_groups or ()), made.choice.lead.layers),
+                ),
                 "projection": context.provenance.get("projection"),
                 "preflight": preflight,
             },

@@ -4,7 +4,7 @@ Shapes: T training samples.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from app.audits.schemas import Configuration
-from app.audits.verification_schemas import ArmName, Verify, ranking_name
+from app.audits.verification_schemas import ArmName, Configurations, Verify, ranking_name
+from app.catalogue import ESTIMATORS, AggregationName, EstimatorName
 from workers.influence.aggregation import order_by_score
 from workers.influence.estimators import Estimator
 from workers.pipeline.artifacts import Artifacts, read_json, read_tensors, write_json, write_tensors
@@ -20,6 +21,8 @@ from workers.pipeline.context import StageContext
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.scores import Scorer
 from workers.pipeline.training_facts import TrainingFacts
+
+_ARMS_ANYWAY = frozenset({EstimatorName.RANDOM, EstimatorName.ORACLE})
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,9 @@ def plan_verification(
     scorer: Scorer,
     estimators: Sequence[Estimator],
     score_T: Tensor,
+    lead: Configuration,
     suggested_T: Tensor | None,
+    table: Sequence[Mapping[str, Any]],
 ) -> Plan:
     """Decide what is trained, and write it down.
 
@@ -130,9 +135,12 @@ def plan_verification(
         scorer: scores the rankings.
         estimators: those of the audit, the rankings' own among them.
         score_T: of the audit's own ranking.
+        lead: the configuration that ranks; its options are the table's.
         suggested_T: the classes that it suggests; None for those that the model predicts.
+        table: the configurations that the audit computed.
     """
-    orders = [order_by_score(scores_T) for scores_T in _scores(verify, scorer, estimators)]
+    rankings = rankings_of(verify, table, options=lead)
+    orders = [order_by_score(scores_T) for scores_T in _scores(rankings, scorer, estimators)]
     arms: list[PlannedArm] = []
     data: dict[str, int] = {}
     distinct: list[TrainingData] = []
@@ -170,7 +178,7 @@ def plan_verification(
         items = list(_data_of(arm, verify, train=train, suggested_T=suggested_T, order_T=order_T))
         add(arm.value, items, None)
         context.hold.keep_alive()
-    for ranking, ranked_T in zip(verify.rankings, orders, strict=True):
+    for ranking, ranked_T in zip(rankings, orders, strict=True):
         item = TrainingData(kept_without_lowest(ranked_T, verify.fraction))
         add(ranking_name(ranking), [item] * len(verify.seeds), ranking.model_dump(mode="json"))
         context.hold.keep_alive()
@@ -179,17 +187,56 @@ def plan_verification(
     return plan
 
 
-def _scores(verify: Verify, scorer: Scorer, estimators: Sequence[Estimator]) -> list[Tensor]:
+def rankings_of(
+    verify: Verify, table: Sequence[Mapping[str, Any]], *, options: Configuration
+) -> list[Configuration]:
+    """Return what is filtered by beside the audit's own ranking, each order once.
+
+    Args:
+        verify: names some, and says whether the table's are among them.
+        table: the configurations that the audit computed.
+        options: the parameters of the table's aggregations.
+    """
+    rankings = {ranking_name(ranking): ranking for ranking in verify.rankings}
+    for item in table:
+        if verify.configurations is None or not _is_asked(verify.configurations, item):
+            continue
+        changes = {
+            "estimator": EstimatorName(item["estimator"]),
+            "layers": item["layer_group"],
+            "aggregation": AggregationName(item["aggregation"] or options.aggregation),
+            "correct_only": item["correct_only"],
+        }
+        ranking = options.model_copy(update=changes)
+        rankings.setdefault(ranking_name(ranking), ranking)
+    return list(rankings.values())
+
+
+def _is_asked(configurations: Configurations, item: Mapping[str, Any]) -> bool:
+    """Return whether one of the table's configurations is; correct_only needs pairs to say much."""
+    estimators, aggregations = configurations.estimators, configurations.aggregations
+    has_pairs = ESTIMATORS[item["estimator"]].kind == "pairwise"
+    return (
+        item["estimator"] not in _ARMS_ANYWAY
+        and (estimators is None or item["estimator"] in estimators)
+        and (aggregations is None or item["aggregation"] in {None, *aggregations})
+        and (not has_pairs or item["correct_only"] in configurations.correct_only)
+    )
+
+
+def _scores(
+    rankings: Sequence[Configuration], scorer: Scorer, estimators: Sequence[Estimator]
+) -> list[Tensor]:
     """Return score_T by every ranking, estimator by estimator, in the order they are named in."""
     by_place: dict[int, Tensor] = {}
     for estimator in estimators:
         mine: dict[int, Configuration] = {
             place: ranking
-            for place, ranking in enumerate(verify.rankings)
+            for place, ranking in enumerate(rankings)
             if ranking.estimator == estimator.name
         }
         by_place |= zip(mine, scorer.score_rankings(estimator, list(mine.values())), strict=True)
-    return [by_place[place] for place in range(len(verify.rankings))]
+    return [by_place[place] for place in range(len(rankings))]
 
 
 def _data_of(

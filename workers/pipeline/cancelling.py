@@ -27,22 +27,23 @@ def measure_cancellation(
 
 
 def describe_cancellation(
-    facts: TrainingFacts, layout: ModelLayout, *, layers: str
+    facts: TrainingFacts, layout: ModelLayout, *, expressions: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Return what the audit tells of cancellation.
 
     Args:
         facts: of the training samples.
         layout: where the modules stand.
-        layers: the ranking's layer expression.
+        expressions: further layers, the ranking's own among them.
 
     Returns:
-        `cancellation` of every layer group, of every block, and of `layers`; `module_cancellation`
-        of every single module, by name.
+        `cancellation` of every layer group, of every block, and of `expressions`;
+        `module_cancellation` of every single module, by name.
     """
     groups = {**layout.groups, **layout.blocks()}
-    if (members := layout.members(layers)) and layers not in groups:
-        groups[layers] = members
+    for layers in expressions:
+        if (members := layout.members(layers)) and layers not in groups:
+            groups[layers] = members
     # one name is one module's: no layer group begins with a dot
     single = {f".{name}": (module,) for module, name in enumerate(layout.modules)}
     measured = measure_cancellation(facts, {**groups, **single})

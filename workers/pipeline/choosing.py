@@ -1,6 +1,10 @@
 """Choose by planted probes: which configuration, or which members of a consensus, rank.
 
-A configuration is as good as it finds the probes, by AUC-NDR (docs/results.md).
+A configuration is as good as it finds the probes, by AUC-NDR. Among those that the probes cannot
+tell from the best, the one is taken whose ranking is most like the mean of theirs: the best by a
+hair is the luckiest of hundreds, and theirs is what they agree on (docs/results.md).
+
+Shapes: K configurations, F samples of the probed set.
 """
 
 import math
@@ -8,9 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from app.audits.automatic import CANDIDATE_AGGREGATIONS
 from app.audits.schemas import Configuration, RankingSpecification
 from app.catalogue import AUTO, CONSENSUS, ESTIMATORS, EstimatorName
+from workers.influence.aggregation import order_by_score
 from workers.influence.estimators import Estimator
 from workers.influence.layer_groups import UnknownLayers
 from workers.pipeline.context import StageContext
@@ -24,8 +32,28 @@ WEIGHT_SCALE = 0.02
 # Standard errors above chance that the best of some hundred configurations does not reach by luck.
 _SURE = 4.0
 # A fresh copy with a wrong target is easy for these, real noise that was trained on is not.
-_FLATTERED = frozenset({EstimatorName.LOSS, EstimatorName.SELF_INFLUENCE})
+FLATTERED = frozenset({EstimatorName.LOSS, EstimatorName.SELF_INFLUENCE})
+_TIED = 1e-9  # rounding
 _NO_CANDIDATES = frozenset({EstimatorName.RANDOM, EstimatorName.ORACLE, EstimatorName.TRACIN})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration with what the probes say of it.
+
+    Attributes:
+        found: its detection of the probes.
+        score_F: its scores of the probed set.
+    """
+
+    configuration: Configuration
+    found: dict[str, float]
+    score_F: Tensor
+
+    @property
+    def auc_ndr(self) -> float:
+        """How well it finds the probes."""
+        return self.found["auc_ndr"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +99,7 @@ def choose(context: StageContext, findings: Findings, ranking: RankingSpecificat
         return Choice([Member(settled(ranking))])
     probed = findings.probed(context)
     scorer = findings.scorer(context, probed)
-    table: list[tuple[Configuration, dict[str, float]]] = []
+    table: list[Candidate] = []
     for estimator in _candidates(context, ranking):
         try:
             measured = _measure(scorer.score_all, estimator, ranking, findings.layout)
@@ -82,10 +110,15 @@ def choose(context: StageContext, findings: Findings, ranking: RankingSpecificat
         table += measured
     if not table:
         raise UnknownLayers(f"no estimator of this audit has the layers {ranking.layers!r}.")
-    table.sort(key=lambda row: -row[1]["auc_ndr"])
+    table.sort(key=lambda candidate: -candidate.auc_ndr)
     num_probes, num_samples = int(probed.is_probe_F.sum()), len(probed.is_probe_F)
-    members = _members(table, ranking)
-    best = max(row[1]["auc_ndr"] for row in table)
+    if ranking.estimator == CONSENSUS:
+        members = _members(table)
+    else:
+        error = standard_error(table[0].auc_ndr, num_probes=num_probes, num_samples=num_samples)
+        chosen = most_agreed(_sound(table), margin=error)
+        members = [Member(chosen.configuration, auc_ndr=chosen.auc_ndr)]
+    best = table[0].auc_ndr
     return Choice(
         members=members,
         is_consensus=ranking.estimator == CONSENSUS,
@@ -103,8 +136,8 @@ def choose(context: StageContext, findings: Findings, ranking: RankingSpecificat
                 for member in members
             ],
             "configurations": [
-                {**configuration.model_dump(mode="json"), **found}
-                for configuration, found in table[:NUM_RUNNERS_UP]
+                {**each.configuration.model_dump(mode="json"), **each.found}
+                for each in table[:NUM_RUNNERS_UP]
             ],
         },
     )
@@ -133,13 +166,34 @@ def chance(num_probes: int, num_samples: int) -> float:
     return (num_samples / 2) / (num_others + num_probes / 2)
 
 
+def standard_error(auc_ndr: float, *, num_probes: int, num_samples: int) -> float:
+    """Return how far an AUC-NDR of that many probes is off by luck (Hanley and McNeil 1982)."""
+    num_others = num_samples - num_probes
+    if not num_probes or not num_others:
+        return 0.0
+    auc = min(1.0, max(0.0, _auc(auc_ndr, num_probes, num_others)))
+    both_probes, both_others = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc)
+    variance += (num_probes - 1) * (both_probes - auc**2)
+    variance += (num_others - 1) * (both_others - auc**2)
+    error = math.sqrt(max(0.0, variance) / (num_probes * num_others))
+    return error * num_others / (num_others + num_probes / 2)
+
+
+def _auc(auc_ndr: float, num_probes: int, num_others: int) -> float:
+    """Return the area under the ROC curve: the chance that a probe stands before another sample.
+
+    AUC-NDR = (AUC · others + probes / 2) / (others + probes / 2).
+    """
+    return (auc_ndr * (num_others + num_probes / 2) - num_probes / 2) / num_others
+
+
 def is_better_than_chance(auc_ndr: float, *, num_probes: int, num_samples: int) -> bool:
     """Return whether an AUC-NDR is more than luck, by the normal limit of the rank-sum test."""
     num_others = num_samples - num_probes
     if not num_probes or not num_others:
         return False
-    # AUC-NDR = (AUC · clean + noise / 2) / (clean + noise / 2)
-    auc = (auc_ndr * (num_others + num_probes / 2) - num_probes / 2) / num_others
+    auc = _auc(auc_ndr, num_probes, num_others)
     error = math.sqrt((num_samples + 1) / (12 * num_probes * num_others))
     return auc - 0.5 > _SURE * error
 
@@ -158,8 +212,8 @@ def _measure(
     estimator: Estimator,
     ranking: RankingSpecification,
     layout: ModelLayout,
-) -> list[tuple[Configuration, dict[str, float]]]:
-    """Return the configurations of an estimator that the ranking leaves open, with the probes'."""
+) -> list[Candidate]:
+    """Return the configurations of an estimator that the ranking leaves open."""
     options = {
         name: getattr(ranking, name) for name in ("vote_fraction", "trim_fraction", "common_share")
     }
@@ -172,7 +226,7 @@ def _measure(
     )
     scored = score_all([estimator], aggregations=asked, ranking=first)
     rows = []
-    for row in scored.configurations:
+    for row, score_F in zip(scored.configurations, scored.probed_scores, strict=True):
         if ranking.layers not in {AUTO, row["layer_group"]}:
             continue
         is_asked = ranking.correct_only in {None, row["correct_only"]}
@@ -185,30 +239,46 @@ def _measure(
             correct_only=row["correct_only"],
             **options,
         )
-        rows.append((configuration, row["detection"]))
+        rows.append(Candidate(configuration, row["detection"], score_F))
     return rows
 
 
-def _members(
-    table: Sequence[tuple[Configuration, dict[str, float]]],
-    ranking: RankingSpecification,
-) -> list[Member]:
-    """Return what ranks: the best configuration, or the best of every estimator."""
-    best: dict[str, Member] = {}
-    for configuration, found in table:
-        member = Member(configuration, auc_ndr=found["auc_ndr"])
-        best.setdefault(str(configuration.estimator), member)
-    sound = [member for name, member in best.items() if name not in _FLATTERED]
-    if ranking.estimator != CONSENSUS:
-        return (sound or list(best.values()))[:1]
-    voices = sound + [best[name] for name in (EstimatorName.LOSS,) if name in best]
-    top = max(member.auc_ndr or 0.0 for member in sound or voices)
-    weighted = [
+def _sound(table: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Return the candidates that probes do not flatter, all if there are no others."""
+    sound = [each for each in table if each.configuration.estimator not in FLATTERED]
+    return sound or table
+
+
+def most_agreed(table: Sequence[Candidate], *, margin: float) -> Candidate:
+    """Return the candidate, of those within a margin of the best, whose ranking is most like all.
+
+    Args:
+        table: the best first; of equals the first is taken.
+        margin: of AUC-NDR.
+    """
+    near = [each for each in table if each.auc_ndr >= table[0].auc_ndr - margin]
+    rank_KF = torch.stack([order_by_score(each.score_F).argsort().double() for each in near])
+    rank_KF -= rank_KF.mean(dim=1, keepdim=True)
+    rank_KF /= rank_KF.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    likeness_K = rank_KF @ rank_KF.mean(dim=0)
+    return near[int((likeness_K >= likeness_K.max() - _TIED).nonzero()[0])]
+
+
+def _members(table: Sequence[Candidate]) -> list[Member]:
+    """Return the best candidate of every estimator, and of the loss, with their weights."""
+    best: dict[str, Candidate] = {}
+    for candidate in table:
+        best.setdefault(str(candidate.configuration.estimator), candidate)
+    voices = list(_sound(list(best.values())))
+    top = max(each.auc_ndr for each in voices)
+    if EstimatorName.LOSS in best and best[EstimatorName.LOSS] not in voices:
+        voices.append(best[EstimatorName.LOSS])
+    members = [
         Member(
-            member.configuration,
-            weight=min(1.0, math.exp(((member.auc_ndr or 0.0) - top) / WEIGHT_SCALE)),
-            auc_ndr=member.auc_ndr,
+            each.configuration,
+            weight=min(1.0, math.exp((each.auc_ndr - top) / WEIGHT_SCALE)),
+            auc_ndr=each.auc_ndr,
         )
-        for member in voices
+        for each in voices
     ]
-    return sorted(weighted, key=lambda member: -member.weight)
+    return sorted(members, key=lambda member: -member.weight)

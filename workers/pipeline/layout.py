@@ -82,6 +82,13 @@ class ModelLayout:
             else:
                 return
 
+    def rows_of(self, estimator: Estimator, layers: str) -> tuple[int, ...] | None:
+        """Return which rows some layers have, None where the estimator has no such layers."""
+        try:
+            return self.groups_of(estimator, layers)[layers]
+        except UnknownLayers:
+            return None
+
     def standard_groups(self, estimator: Estimator) -> dict[str, tuple[int, ...]]:
         """Return the same without one more."""
         return self._rows(estimator)[0]

@@ -17,6 +17,9 @@ from workers.pipeline.samples import SampleSet
 from workers.pipeline.tokenise import cut
 from workers.pipeline.training_facts import TrainingFacts
 
+# Enough to tell configurations apart; beyond, more only cost.
+MAX_PROBES = 1000
+
 
 class ProbeSet:
     """Copies of training samples with wrong classes, or with completions of other samples.
@@ -80,10 +83,17 @@ def read_probes(context: StageContext, train: SampleSet) -> ProbeSet:
     return ProbeSet(train, probes, max_tokens=provenance["max_tokens"])
 
 
+def num_probes(context: StageContext, num_train: int) -> int:
+    """Return how many samples are copied."""
+    return min(MAX_PROBES, max(1, round(context.request.probes.fraction * num_train)))
+
+
 def _draw(context: StageContext, train: SampleSet, *, eligible_T: Tensor) -> Probes:
-    wanted = context.request.probes
-    count = max(1, round(wanted.fraction * len(train)))
-    options: dict[str, Any] = {"eligible_T": eligible_T, "count": count, "seed": wanted.seed}
+    options: dict[str, Any] = {
+        "eligible_T": eligible_T,
+        "count": num_probes(context, len(train)),
+        "seed": context.request.probes.seed,
+    }
     if train.has_completions:
         return draw_completion_probes(train.completion_digests(), **options)
     num_classes = len(Prepared.read(context.artifacts.prepared).labels)

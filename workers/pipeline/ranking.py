@@ -62,6 +62,7 @@ def make_ranking(
         estimators if estimators is not None else [leading],
         aggregations=aggregations,
         ranking=lead,
+        layer_groups=request.layer_groups if estimators is not None else None,
         is_alone=estimators is None,
     )
     layers = lead.layers

@@ -5,7 +5,7 @@ Shapes: T training samples, F those that are finite, V validation samples.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,12 +63,14 @@ class Scored:
     Attributes:
         group_scores: score_T of the ranking's estimator and aggregation by layer group.
         configurations: every computed configuration with its detection, as stored.
+        probed_scores: score_F of every configuration of a probed set, in the same order.
         warnings: what the user should know.
     """
 
     group_scores: dict[str, Tensor]
     configurations: list[dict[str, Any]]
     warnings: list[str]
+    probed_scores: list[Tensor] = field(default_factory=list)
 
 
 def detection(score_T: Tensor, is_noisy_T: Tensor | None) -> dict[str, float] | None:
@@ -131,6 +133,7 @@ class Scorer:
         *,
         aggregations: Sequence[str],
         ranking: Configuration,
+        layer_groups: Sequence[str] | None = None,
         is_alone: bool = False,
     ) -> Scored:
         """Compute the scores of every configuration, and keep those of the ranking.
@@ -139,6 +142,8 @@ class Scorer:
             estimators: with their parameters.
             aggregations: names; the ranking's own is always among them.
             ranking: what ranks.
+            layer_groups: layer expressions in place of the standard groups; an estimator takes
+                those that it has.
             is_alone: compute with the ranking's `correct_only` alone, not with both.
 
         Raises:
@@ -153,6 +158,7 @@ class Scorer:
             is_ranking = estimator.name == ranking.estimator
             if isinstance(estimator, Baseline):
                 score_T = self._score_baseline(estimator)
+                self._keep_probed(scored, score_T)
                 scored.configurations.append(self._configuration(score_T, estimator))
                 if is_ranking:
                     scored.group_scores[ALL] = score_T
@@ -161,7 +167,11 @@ class Scorer:
             def tick(share: float, number: int = number) -> None:
                 self._tick(int(_STEPS * (number + share)), _STEPS * len(estimators))
 
-            groups = self._groups(estimator, ranking.layers, is_ranking=is_ranking)
+            groups = self._groups(
+                estimator, ranking.layers, layer_groups=layer_groups, is_ranking=is_ranking
+            )
+            if not groups:
+                continue
             has_pairs = estimator.kind == "pairwise"
             choices: tuple[bool, ...] = (False,)
             if has_pairs:
@@ -172,6 +182,7 @@ class Scorer:
             for group, name, correct_only in itertools.product(groups, names, choices):
                 tick(1.0)
                 score_T = self._facts.spread(scores.get(group, name, correct_only=correct_only))
+                self._keep_probed(scored, score_T)
                 scored.configurations.append(
                     self._configuration(score_T, estimator, group, name, correct_only=correct_only)
                 )
@@ -245,14 +256,27 @@ class Scorer:
         )
 
     def _groups(
-        self, estimator: Estimator, layers: str, *, is_ranking: bool
+        self,
+        estimator: Estimator,
+        layers: str,
+        *,
+        layer_groups: Sequence[str] | None,
+        is_ranking: bool,
     ) -> dict[str, tuple[int, ...]]:
+        own = {}
         try:
-            return self._layout.groups_of(estimator, layers)
+            own = self._layout.groups_of(estimator, layers)
         except UnknownLayers:
             if is_ranking:
                 raise
-            return self._layout.standard_groups(estimator)
+        if layer_groups is None:
+            return own or self._layout.standard_groups(estimator)
+        groups = {
+            asked: found
+            for asked in layer_groups
+            if (found := self._layout.rows_of(estimator, asked)) is not None
+        }
+        return groups | ({layers: own[layers]} if is_ranking else {})
 
     def _columns(self, estimator: Estimator) -> Tensor:
         """Return which columns of an estimator's files count: validation samples, or classes."""
@@ -333,6 +357,11 @@ class Scorer:
             confidence_T=self._confidence_T,
         )
         return self._facts.put_first(estimator.score(facts))
+
+    def _keep_probed(self, scored: Scored, score_T: Tensor) -> None:
+        """Keep the scores of a probed set: it is small, and they are compared with one another."""
+        if self._probed is not None:
+            scored.probed_scores.append(score_T[self._facts.finite_F])
 
     def _detection(self, score_T: Tensor) -> dict[str, float] | None:
         if self._probed is None:

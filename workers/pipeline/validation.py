@@ -8,7 +8,7 @@ Shapes: V validation samples, M modules.
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from workers.influence.estimators import (
     CheckpointEstimator,
     ClassEstimator,
     CurvatureEstimator,
+    Estimator,
     HiddenStateEstimator,
     WordEmbeddingEstimator,
 )
@@ -48,6 +49,7 @@ from workers.pipeline.memory import (
     row_floats,
 )
 from workers.pipeline.non_finite import check_share
+from workers.pipeline.probe_samples import num_probes
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.validation_rows import ValidationRows, collect_validation, write_rows
 
@@ -92,7 +94,8 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
     """Return what the aggregation needs to know of the modules.
 
     Raises:
-        AuditRefused: a ranking's estimator has not the asked layers in this model.
+        AuditRefused: a ranking's estimator has not the asked layers in this model, or no
+            estimator has those of a layer group.
     """
     extractor = runtime.extractor
     sparse = [module for module, spec in enumerate(extractor.modules) if spec.form == "sparse"]
@@ -114,7 +117,26 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
         except UnknownLayers as error:
             field = ".".join((*map(str, path), "layers"))
             raise AuditRefused("unknown_layers", str(error), field=field) from error
+    with_layers = [estimator for estimator in estimators.values() if estimator.axis != "none"]
+    for place, layers in enumerate(context.request.layer_groups or ()):
+        _check_layer_group(ModelLayout.of(layout), with_layers, place, layers)
     return layout
+
+
+def _check_layer_group(
+    layout: ModelLayout, estimators: Sequence[Estimator], place: int, layers: str
+) -> None:
+    unknown = None
+    for estimator in estimators:
+        try:
+            layout.groups_of(estimator, layers)
+        except UnknownLayers as error:
+            unknown = unknown or error
+        else:
+            return
+    if unknown is not None:
+        field = f"layer_groups.{place}"
+        raise AuditRefused("unknown_layers", str(unknown), field=field) from unknown
 
 
 def _num_checkpoints(context: StageContext) -> int:
@@ -124,8 +146,7 @@ def _num_checkpoints(context: StageContext) -> int:
 def _num_probe_shards(context: StageContext, runtime: Runtime, plan: MemoryPlan) -> int:
     if not needs_probes(context.request.stored()):
         return 0
-    num_probes = context.request.probes.fraction * len(runtime.train)
-    return max(1, math.ceil(num_probes / plan.samples_per_shard))
+    return math.ceil(num_probes(context, len(runtime.train)) / plan.samples_per_shard)
 
 
 def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
@@ -164,11 +185,14 @@ def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
         samples_per_shard=context.settings.samples_per_shard,
     )
     num_shards = -(-num_train // plan.samples_per_shard)
+    num_samples = num_train
+    if needs_probes(context.request.stored()):
+        num_samples += num_probes(context, num_train)
     held = workload.row_floats * (1 + _num_checkpoints(context))
     held += workload.dense_floats * workload.num_curvature
     _check_disk(
         context,
-        FLOAT32 * (num_train * workload.influence_floats + num_validation * held)
+        FLOAT32 * (num_samples * workload.influence_floats + num_validation * held)
         + FLOAT32 * num_shards * sums
         + min(cache_bytes, context.settings.max_gradient_cache_bytes),
     )

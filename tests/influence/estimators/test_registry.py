@@ -21,7 +21,7 @@ KINDS = {
     HiddenStateEstimator: {"repsim"},
     ClassEstimator: {"outlier_gradient"},
     SampleEstimator: {"self_influence"},
-    Baseline: {"loss", "random", "oracle"},
+    Baseline: {"loss", "confidence", "random", "oracle"},
 }
 
 
@@ -30,7 +30,7 @@ def test_every_estimator_is_of_one_kind() -> None:
         kind: {name for name, estimator in ESTIMATORS.items() if isinstance(estimator, kind)}
         for kind in KINDS
     } == KINDS
-    assert sum(map(len, KINDS.values())) == len(ESTIMATORS) == 17
+    assert sum(map(len, KINDS.values())) == len(ESTIMATORS) == 18
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -38,14 +38,17 @@ def test_every_estimator_says_when_to_use_it_and_what_it_needs(name: str) -> Non
     estimator = ESTIMATORS[name]
     assert estimator.name == name
     assert estimator.description.endswith(".")
-    assert estimator.needs_validation == (estimator.kind in {"pairwise", "class"})
+    assert estimator.needs_validation == (
+        estimator.kind in {"pairwise", "class"} or name == "confidence"
+    )
     assert estimator.has_layers == (estimator.kind != "baseline") == (estimator.axis != "none")
     assert estimator.needs_known_noise == (name == "oracle")
     assert estimator.needs_curvature == isinstance(estimator, CurvatureEstimator)
     assert estimator.needs_checkpoints == (name == "tracin")
     assert estimator.needs_word_embeddings == (estimator.axis == "word_embedding")
     assert estimator.needs_hidden_states == (estimator.axis == "blocks")
-    assert estimator.needs_classes == (estimator.kind == "class")
+    assert estimator.needs_classes == (estimator.kind == "class" or name == "confidence")
+    assert estimator.needs_features == (name == "confidence")
     assert estimator.needs_kronecker == (name == "ekfac")
 
 

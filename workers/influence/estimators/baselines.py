@@ -24,6 +24,7 @@ class Confidence(Baseline):
         "How likely a simple model, that has not seen the sample, finds the given class: cheap and "
         "strong on classifiers."
     )
+    needs_validation = True
     needs_classes = True
     needs_features = True
 

@@ -1,0 +1,1 @@
+"""Experiments: sets of audits that compare estimators, layer groups and aggregations."""

@@ -1,0 +1,225 @@
+"""Whole audits that leave everything open: what they rank, flag and say, and of which sets.
+
+Shapes: T training samples, P probes.
+"""
+
+import itertools
+import statistics
+from typing import Any
+
+import pytest
+import torch
+
+from app.audits.models import Audit, Ranking
+from app.db import transaction
+from tests.factories import make_ranking
+from tests.pipeline import loops, tiny
+from tests.pipeline.conftest import Models
+from tests.pipeline.test_probes_in_audits import AUTO, CONSENSUS, drawn
+from tests.pipeline.workplace import Workplace, results
+
+FINE_TUNE = {"epochs": 4, "learning_rate": 1e-2, "batch_size": 8}
+LITTLE = "finds the planted probes better than chance"
+
+
+def rows_of(workplace: Workplace, audit: Audit) -> list[Any]:
+    """Return the ranking, whose numbers are checked for what every ranking must have."""
+    rows = workplace.ranked_rows(audit.id)
+    assert [row.rank for row in rows] == list(range(audit.num_train or 0))
+    assert sorted(row.sample_index for row in rows) == list(range(audit.num_train or 0))
+    assert all(one.score <= other.score for one, other in itertools.pairwise(rows))
+    assert sum(row.flagged for row in rows) == audit.summary["num_flagged"]
+    noise = audit.summary["noise"]
+    probabilities = [row.noise_probability for row in rows]
+    if noise is None:
+        assert probabilities == [None] * len(rows)
+        return rows
+    assert 0 <= noise["low"] <= noise["share"] <= noise["high"] <= 1
+    assert all(0 <= probability <= 1 for probability in probabilities)
+    assert probabilities == sorted(probabilities, reverse=True)
+    if audit.summary["labels"]:
+        assert {row.suggested_label for row in rows} <= set(audit.summary["labels"])
+        assert all(0 <= row.suggested_probability <= 1 for row in rows)
+    return rows
+
+
+def flag_auto(audit: Audit) -> int:
+    noise = audit.summary["noise"]
+    return round(noise["share"] * audit.num_train) if noise else 0
+
+
+@pytest.mark.parametrize("ranking", [AUTO, CONSENSUS], ids=["auto", "consensus"])
+def test_a_model_that_has_learned_finds_the_noise(
+    workplace: Workplace, models: Models, ranking: dict[str, str]
+) -> None:
+    """The choice works, as many are flagged as seem wrong, and their labels are suggested."""
+    audit = workplace.succeed(
+        workplace.submit(
+            models.encoder,
+            **loops.sets(
+                workplace,
+                tiny.reviews(160, seed=0),
+                tiny.reviews(60, seed=1),
+            ),
+            fine_tune=FINE_TUNE,
+            plant_noise={"fraction": 0.2},
+            ranking=ranking,
+            flag="auto",
+        )
+    )
+    choice = audit.summary["choice"]
+    assert choice["works"]
+    assert choice["members"][0]["auc_ndr"] > choice["chance"] + 0.2
+    assert not any(LITTLE in warning for warning in audit.summary["warnings"])
+    assert len(drawn(workplace, audit)[0]) == choice["num_probes"]
+    rows = rows_of(workplace, audit)
+    noise = audit.summary["noise"]
+    assert noise["share"] == pytest.approx(0.2, abs=0.1)
+    assert noise["low"] <= 0.2 <= noise["high"]
+    assert audit.summary["num_flagged"] == round(noise["share"] * 160)
+    assert audit.summary["detection"]["auc_ndr"] > 0.85
+    told = workplace.training_rows(audit.id)
+    is_noisy = [told[row.sample_index].is_noisy for row in rows]
+    wrong, right = (
+        [row.noise_probability for row, noisy in zip(rows, is_noisy, strict=True) if noisy == what]
+        for what in (True, False)
+    )
+    assert statistics.fmean(wrong) > statistics.fmean(right) + 0.4
+    changed = [row.suggested_label != row.given_label for row in rows]
+    hits = [noisy for noisy, is_changed in zip(is_noisy, changed, strict=True) if is_changed]
+    assert len(hits) > 10
+    assert statistics.fmean(hits) > 0.7
+
+
+@pytest.mark.parametrize("ranking", [AUTO, CONSENSUS], ids=["auto", "consensus"])
+def test_a_model_that_knows_nothing_says_so(
+    workplace: Workplace, models: Models, ranking: dict[str, str]
+) -> None:
+    """Random weights, and labels that no text tells."""
+    train, validation = tiny.reviews(70, seed=0), tiny.reviews(20, seed=1)
+    draw = torch.Generator().manual_seed(0)
+    for table in (train, validation):
+        order = torch.randperm(len(table["label"]), generator=draw).tolist()
+        table["label"] = [table["label"][place] for place in order]
+    audit = workplace.succeed(
+        workplace.submit(
+            models.classifier,
+            **loops.sets(workplace, train, validation),
+            ranking=ranking,
+            flag="auto",
+        )
+    )
+    assert not audit.summary["choice"]["works"]
+    assert sum(LITTLE in warning for warning in audit.summary["warnings"]) == 1
+    rows_of(workplace, audit)
+    assert audit.summary["num_flagged"] == flag_auto(audit)
+
+
+@pytest.mark.parametrize("ranking", [AUTO, CONSENSUS], ids=["auto", "consensus"])
+def test_a_language_model(workplace: Workplace, models: Models, ranking: dict[str, str]) -> None:
+    """Without classes: nothing is suggested, and no simple model is asked."""
+    audit = workplace.succeed(
+        workplace.submit(
+            models.llama,
+            task="causal_lm",
+            **loops.sets(workplace, tiny.instructions(90, seed=0), tiny.instructions(20, seed=1)),
+            fine_tune=FINE_TUNE,
+            plant_noise={"fraction": 0.2},
+            ranking=ranking,
+            flag="auto",
+            probes={"fraction": 0.3},
+        )
+    )
+    rows = rows_of(workplace, audit)
+    assert audit.summary["noise"] is not None
+    assert audit.summary["num_flagged"] == flag_auto(audit)
+    assert {row.suggested_label for row in rows} == {None}
+    assert {row.suggested_probability for row in rows} == {None}
+    estimators = {row["estimator"] for row in audit.summary["configurations"]}
+    assert "confidence" not in estimators
+    assert estimators >= {"grad_dot", "grad_cosine", "datainf", "gauss_newton", "ekfac", "loss"}
+    members = [member["estimator"] for member in audit.summary["choice"]["members"]]
+    assert len(members) == (1 if ranking is AUTO else 6)
+    assert audit.summary["choice"]["works"]
+
+
+def test_a_flag_alone_is_measured_without_a_choice(workplace: Workplace, models: Models) -> None:
+    """Classes need no probes for it; completions do."""
+    fixed = {"estimator": "grad_cosine", "layers": "all", "aggregation": "rank"}
+    audit = workplace.succeed(
+        workplace.submit(models.classifier, **workplace.reviews(), ranking=fixed, flag="auto")
+    )
+    assert audit.provenance["num_probe_shards"] == 0
+    assert audit.summary["choice"] is None
+    assert audit.summary["num_flagged"] == flag_auto(audit)
+    rows_of(workplace, audit)
+    language = workplace.succeed(
+        workplace.submit(
+            models.llama,
+            adapter=models.llama_adapter,
+            task="causal_lm",
+            **loops.sets(workplace, tiny.instructions(30, seed=0), tiny.instructions(9, seed=1)),
+            ranking=fixed,
+            flag="auto",
+        )
+    )
+    assert language.provenance["num_probe_shards"] > 0
+    assert language.summary["choice"] is None
+    assert language.summary["num_flagged"] == flag_auto(language)
+    rows_of(workplace, language)
+
+
+def test_later_rankings_choose_as_an_audit_does(workplace: Workplace, models: Models) -> None:
+    data = workplace.reviews(num_train=50)
+
+    def submit(ranking: dict[str, Any]) -> Audit:
+        return workplace.succeed(
+            workplace.submit(models.classifier, **data, ranking=ranking, flag="auto")
+        )
+
+    audit = submit(AUTO)
+    for ranking in (CONSENSUS, AUTO | {"layers": "01"}, AUTO | {"aggregation": "vote"}):
+        later = make_ranking(workplace.engine, audit, **ranking)
+        with transaction(workplace.engine) as session:
+            session.get_one(Ranking, later.id).flag = "auto"
+        workplace.finish(audit.id)
+        with transaction(workplace.engine) as session:
+            later = session.get_one(Ranking, later.id)
+        assert later.state == "succeeded", later.error_message
+        twin = submit(ranking)
+        for name in ("choice", "noise", "num_flagged", "detection", "group_order"):
+            assert later.summary[name] == twin.summary[name], (ranking, name)
+        found = {name: file["sha256"] for name, file in later.summary["files"].items()}
+        assert found == results(twin), ranking
+
+
+@pytest.mark.parametrize("aggregation", ["trimmed_mean", "median", "min", "common_set"])
+def test_every_aggregation_can_be_fixed_while_the_rest_is_chosen(
+    workplace: Workplace, models: Models, aggregation: str
+) -> None:
+    audit = workplace.succeed(
+        workplace.submit(
+            models.classifier,
+            **workplace.reviews(num_train=30, num_validation=6),
+            ranking=AUTO | {"aggregation": aggregation},
+            aggregations=["mean"],
+        )
+    )
+    (member,) = audit.summary["choice"]["members"]
+    assert member["estimator"] == "confidence" or member["aggregation"] == aggregation
+    rows_of(workplace, audit)
+
+
+def test_layers_that_no_estimator_has_are_named_with_what_there_is(
+    workplace: Workplace, models: Models
+) -> None:
+    audit = workplace.finish(
+        workplace.submit(models.classifier, **workplace.reviews(), ranking=AUTO | {"layers": "07"})
+    )
+    assert (audit.state, audit.error_code, audit.error_field) == (
+        *("failed", "unknown_layers"),
+        "ranking.layers",
+    )
+    assert audit.error_message is not None
+    assert "00" in audit.error_message
+    assert "CL" in audit.error_message
