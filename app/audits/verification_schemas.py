@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from app.audits.automatic import computed_estimators
 from app.catalogue import AggregationName, EstimatorName
 from app.errors import FieldConflict
 
@@ -174,7 +175,7 @@ def num_trainings(request: Mapping[str, Any]) -> int:
     if configurations := verify.get("configurations"):
         groups = request.get("layer_groups")
         num_arms += (
-            len(configurations["estimators"] or request["estimators"])
+            len(configurations["estimators"] or computed_estimators(request))
             * len(configurations["aggregations"] or request["aggregations"])
             * (len(groups) if groups else _USUAL_GROUPS)
             * len(configurations["correct_only"])

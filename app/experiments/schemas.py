@@ -8,6 +8,7 @@ from app.audits.schemas import (
     AuditRequest,
     DatasetSource,
     FineTune,
+    Flag,
     Layers,
     ModelSource,
     PlantNoise,
@@ -23,6 +24,7 @@ MAX_TASKS = 50
 MAX_SEEDS = 20
 MAX_AUDITS = 200
 MAX_TRAININGS = 50_000
+FLAGGED = 0.3  # what the paper filters
 BASELINE_ARMS = [ArmName.FULL, ArmName.RANDOM, ArmName.ORACLE]
 
 TaskName = Annotated[str, StringConstraints(min_length=1, max_length=100, strip_whitespace=True)]
@@ -261,6 +263,7 @@ class ExperimentRequest(Strict):
                 common_share=self.common_share,
                 correct_only=self.correct_only[0],
             ),
+            flag=Flag(fraction=self.verify.fraction if self.verify else FLAGGED, count=None),
             verify=self._verify(seed),
             max_tokens=task.max_tokens,
             precision=task.precision,

@@ -130,40 +130,6 @@ class TestWhatIsKept:
         assert in_table >= {"grad_dot", "grad_cosine", "self_influence"}
 
 
-def test_every_configuration_of_the_table_is_an_arm(
-    workplace: Workplace, submit: Callable[..., str]
-) -> None:
-    """The same as if each had been named; those that are named stand once."""
-    asked: dict[str, Any] = {
-        "estimators": ["grad_dot", "self_influence"],
-        "aggregations": ["mean", "vote"],
-        "layer_groups": ["all", "CL", "00-01"],
-        "ranking": {"estimator": "grad_dot", "aggregation": "mean", "vote_fraction": 0.4},
-        "fine_tune": FINE_TUNE | {"epochs": 1},
-    }
-    options: dict[str, Any] = {"arms": ["full"], "seeds": [0]}
-    named: dict[str, Any] = {"estimator": "grad_dot", "layers": "CL", "aggregation": "mean"}
-    configurations = {"correct_only": [True], "estimators": ["grad_dot", "loss"]}
-    verify = options | {"rankings": [named], "configurations": configurations}
-    audit = workplace.succeed(submit(**asked, verify=verify))
-    rankings = [named]
-    for layers in ("all", "CL", "00-01"):
-        for aggregation in ("mean", "vote"):
-            wanted = {"layers": layers, "aggregation": aggregation, "vote_fraction": 0.4}
-            rankings.append({"estimator": "grad_dot", **wanted, "correct_only": True})
-    rankings.append({"estimator": "loss", "aggregation": "mean"})
-    alike = workplace.succeed(submit(**asked, verify=options | {"rankings": rankings}))
-    arms, expected = arms_of(audit), arms_of(alike)
-    assert set(arms) == set(expected)
-    assert "grad_dot/00-01/vote=0.4/correct_only" in arms
-    for name, arm in arms.items():
-        assert arm["metrics"] == expected[name]["metrics"], name
-    assert {item["layer_group"] for item in audit.summary["configurations"]} == {
-        *("all", "CL", "00-01")
-    }
-    assert set(audit.summary["cancellation"]) >= {"all", "CL", "00-01"}
-
-
 def test_arms_that_keep_the_same_share_their_trainings(
     workplace: Workplace, submit: Callable[..., str]
 ) -> None:

@@ -8,7 +8,7 @@ Shapes: V validation samples, M modules.
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from workers.influence.estimators import (
     CheckpointEstimator,
     ClassEstimator,
     CurvatureEstimator,
-    Estimator,
     HiddenStateEstimator,
     WordEmbeddingEstimator,
 )
@@ -119,24 +118,12 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
             raise AuditRefused("unknown_layers", str(error), field=field) from error
     with_layers = [estimator for estimator in estimators.values() if estimator.axis != "none"]
     for place, layers in enumerate(context.request.layer_groups or ()):
-        _check_layer_group(ModelLayout.of(layout), with_layers, place, layers)
-    return layout
-
-
-def _check_layer_group(
-    layout: ModelLayout, estimators: Sequence[Estimator], place: int, layers: str
-) -> None:
-    unknown = None
-    for estimator in estimators:
         try:
-            layout.groups_of(estimator, layers)
+            ModelLayout.of(layout).check_layers(with_layers, layers)
         except UnknownLayers as error:
-            unknown = unknown or error
-        else:
-            return
-    if unknown is not None:
-        field = f"layer_groups.{place}"
-        raise AuditRefused("unknown_layers", str(unknown), field=field) from unknown
+            field = f"layer_groups.{place}"
+            raise AuditRefused("unknown_layers", str(error), field=field) from error
+    return layout
 
 
 def _num_checkpoints(context: StageContext) -> int:
