@@ -106,7 +106,7 @@ def test_the_seed_decides_the_part_alone(
     assert results(one) == results(again)
     audit_id = submit()
     claim = workplace.claim_stage(audit_id, Stage.PREPARE)
-    with interrupted(monkeypatch, tick=4):
+    with interrupted(monkeypatch, tick=2):
         assert not workplace.execute(claim)
     assert results(workplace.succeed(audit_id)) == results(one)
     other_id = submit(seed=1)
@@ -151,9 +151,9 @@ def test_completions_and_models_that_are_fine_tuned_already(
     assert language.num_validation == 4
     assert len(rows_of(workplace, language)) == 20
     assert len(the_warnings(language)) == 1
-    data = {"train": workplace.table("train", TRAIN)}
+    train = workplace.table("train", TRAIN)
     finished = workplace.succeed(
-        workplace.submit(models.classifier, **data, ranking=AUTO, flag="auto")
+        workplace.submit(models.classifier, train=train, ranking=AUTO, flag="auto")
     )
     assert finished.num_validation == 8
     assert len(the_warnings(finished)) == 1
