@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import Row, Select, select
-from sqlalchemy.orm import Session, undefer_group
+from sqlalchemy.orm import Load, Session
 
 from app.audits.models import (
     EVIDENCE,
@@ -182,7 +182,7 @@ def _as_stored(score: float) -> float:
 def find_sample(session: Session, ranking: Ranking, index: int) -> SuspectRow | None:
     """Return one training sample by its row in the training file, with the evidence."""
     statement = _suspects(ranking).where(RankedSample.sample_index == index)
-    statement = statement.options(undefer_group(EVIDENCE))
+    statement = statement.options(Load(TrainingSample).undefer_group(EVIDENCE))
     return session.execute(statement).one_or_none()
 
 

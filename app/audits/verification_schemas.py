@@ -90,7 +90,7 @@ class Verify(BaseModel):
         None,
         max_length=len(ArmName),
         description="filtered: without the samples that the audit's ranking puts lowest; "
-        "relabelled (classification only): with the model's own label on them instead; full: all "
+        "relabelled (classification only): with their suggested labels instead; full: all "
         "samples; random: without as many random ones; oracle: without exactly the known noise. "
         "Default: all that fit the audit; oracle where noise is known or planted.",
     )

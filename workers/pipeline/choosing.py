@@ -25,6 +25,7 @@ from workers.pipeline.context import StageContext
 from workers.pipeline.estimating import estimators_of, make_named
 from workers.pipeline.findings import Findings
 from workers.pipeline.layout import ALL, ModelLayout
+from workers.pipeline.scores import Scorer
 
 NUM_RUNNERS_UP = 10
 # A member that finds the probes this much worse than the best counts e times less.
@@ -102,7 +103,7 @@ def choose(context: StageContext, findings: Findings, ranking: RankingSpecificat
     table: list[Candidate] = []
     for estimator in _candidates(context, ranking):
         try:
-            measured = _measure(scorer.score_all, estimator, ranking, findings.layout)
+            measured = _measure(scorer, estimator, ranking, findings.layout)
         except UnknownLayers:
             if ranking.estimator == estimator.name:
                 raise
@@ -208,7 +209,7 @@ def _candidates(context: StageContext, ranking: RankingSpecification) -> list[Es
 
 
 def _measure(
-    score_all: Any,  # noqa: ANN401 - Scorer.score_all
+    scorer: Scorer,
     estimator: Estimator,
     ranking: RankingSpecification,
     layout: ModelLayout,
@@ -224,7 +225,7 @@ def _measure(
     first = Configuration(
         estimator=EstimatorName(estimator.name), layers=layers, aggregation=asked[0], **options
     )
-    scored = score_all([estimator], aggregations=asked, ranking=first)
+    scored = scorer.score_all([estimator], aggregations=asked, ranking=first)
     rows = []
     for row, score_F in zip(scored.configurations, scored.probed_scores, strict=True):
         if ranking.layers not in {AUTO, row["layer_group"]}:

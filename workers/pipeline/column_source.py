@@ -43,13 +43,9 @@ class ColumnSource(ABC):
     def read(self, row: int, columns: slice) -> Tensor:
         """Return influence_CF of one row on some columns."""
 
-    @abstractmethod
-    def sample_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield training samples, as positions among the finite ones, and influence_KB."""
-
 
 class ShardedSource(ColumnSource):
-    """Influence that lies shard by shard."""
+    """Influence that lies shard by shard: it can be read by samples too."""
 
     def __init__(self, facts: TrainingFacts) -> None:
         self._facts = facts

@@ -17,7 +17,7 @@ from workers.influence.aggregation import (
     GroupAggregator,
     SampleAggregator,
 )
-from workers.pipeline.column_source import ColumnSource
+from workers.pipeline.column_source import ColumnSource, ShardedSource
 from workers.pipeline.rank_tiles import RankTiles
 
 
@@ -77,6 +77,8 @@ class EstimatorScores:
         elif streamed:
             self._stream(streamed, None)
         if of_influence:
+            if not isinstance(source, ShardedSource):
+                raise TypeError(f"{', '.join(of_influence)} need influence by samples.")
             self._collect(of_influence, source.sample_blocks())
 
     def get(self, group: str, aggregation: str, *, correct_only: bool) -> Tensor:

@@ -3,7 +3,6 @@
 Shapes: T training samples, F those of them that take part, P probes, C a block of columns.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +114,3 @@ class ProbedSource(ColumnSource):
         influence_CF = self._train.read(row, columns)
         influence_CF[:, self._place_P] = self._probes.read(row, columns)
         return influence_CF
-
-    def sample_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Probes are only ranked by aggregations that take columns as they come."""
-        raise NotImplementedError
