@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from app.audits.automatic import computed_estimators
-from app.audits.models import Audit, Ranking
-from app.db import transaction
-from tests.factories import make_ranking
+from app.audits.models import Audit
 from tests.pipeline import loops, tiny
 from tests.pipeline.conftest import Models
 from tests.pipeline.test_probes_in_audits import AUTO, CONSENSUS, drawn
-from tests.pipeline.workplace import Workplace, results
+from tests.pipeline.workplace import Workplace
 
 FINE_TUNE = {"epochs": 3, "learning_rate": 1e-2, "batch_size": 8}
 ENOUGH = FINE_TUNE | {"epochs": 10, "rank": 8, "target_modules": ["all-linear"]}
@@ -164,33 +162,6 @@ def test_a_flag_alone_is_measured_without_a_choice(workplace: Workplace, models:
     assert language.summary["choice"] is None
     assert language.summary["num_flagged"] == flag_auto(language)
     rows_of(workplace, language)
-
-
-def test_later_rankings_choose_as_an_audit_does(workplace: Workplace, models: Models) -> None:
-    data = workplace.reviews(num_train=50)
-
-    def submit(ranking: dict[str, Any]) -> Audit:
-        return workplace.succeed(
-            workplace.submit(models.classifier, **data, ranking=ranking, flag="auto")
-        )
-
-    audit = submit(AUTO)
-    rankings: list[dict[str, Any]] = [
-        *(CONSENSUS, AUTO | {"layers": "01"}, AUTO | {"aggregation": "vote"})
-    ]
-    for ranking in rankings:
-        later = make_ranking(workplace.engine, audit, **ranking)
-        with transaction(workplace.engine) as session:
-            session.get_one(Ranking, later.id).flag = "auto"
-        workplace.finish(audit.id)
-        with transaction(workplace.engine) as session:
-            later = session.get_one(Ranking, later.id)
-        assert later.state == "succeeded", later.error_message
-        twin = submit(ranking)
-        for name in ("choice", "noise", "num_flagged", "detection", "group_order"):
-            assert later.summary[name] == twin.summary[name], (ranking, name)
-        found = {name: file["sha256"] for name, file in later.summary["files"].items()}
-        assert found == results(twin), ranking
 
 
 def test_layers_that_no_estimator_has_are_named_with_what_there_is(

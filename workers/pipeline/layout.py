@@ -71,13 +71,14 @@ class ModelLayout:
         """Check that one of several estimators at least has some layers.
 
         Raises:
-            UnknownLayers: none has them; says what the last one has.
+            UnknownLayers: none has them; says what the last one with layers has.
         """
-        for number, estimator in enumerate(estimators, start=1):
+        asked = [each for each in estimators if each.has_layers] or list(estimators)
+        for number, estimator in enumerate(asked, start=1):
             try:
                 self.groups_of(estimator, layers)
             except UnknownLayers:
-                if number == len(estimators):
+                if number == len(asked):
                     raise
             else:
                 return
