@@ -141,7 +141,9 @@ class ChosenConfiguration(BaseModel):
     trim_fraction: float
     common_share: float
     weight: float | None = Field(None, description="Of its ranks in a consensus.")
-    auc_ndr: float = Field(description="Of the probes: 1.0 puts all of them first.")
+    auc_ndr: float | None = Field(
+        description="Of the probes: 1.0 puts all of them first; None where none could be planted."
+    )
 
 
 class Choice(BaseModel):

@@ -141,7 +141,7 @@ class ChosenConfiguration(Result):
     trim_fraction: float
     common_share: float
     weight: float | None = None
-    auc_ndr: float
+    auc_ndr: float | None
 
 
 class Choice(Result):

@@ -56,10 +56,19 @@ def finish(workplace: Workplace, models: Models) -> Finish:
     return finish
 
 
-def assert_ranked(workplace: Workplace, audit: Audit) -> list[Any]:
+def assert_ranked(workplace: Workplace, audit: Audit) -> None:
     assert audit.state == "succeeded", (audit.error_code, audit.error_message)
     assert audit.summary["num_flagged"] == flag_auto(audit)
-    return rows_of(workplace, audit)
+    rows_of(workplace, audit)
+
+
+def is_refused(audit: Audit) -> bool:
+    """Return whether an audit was refused, which is clear: it names a field and what to change."""
+    if audit.state != "failed":
+        return False
+    assert audit.error_code != "internal_error", audit.error_message
+    assert (audit.error_field or "").split(".")[0] in {"train", "validation", "ranking", "probes"}
+    return True
 
 
 @BOTH
@@ -91,9 +100,11 @@ def test_a_validation_set_of_one_class(
 def test_a_few_samples(
     workplace: Workplace, finish: Finish, ranking: dict[str, str], number: int, table: Table
 ) -> None:
-    """They are ranked, and that it says little is said."""
+    """They are ranked, and that it says little is said. One completion has no wrong one."""
     maker = tiny.instructions if table is INSTRUCTIONS else tiny.reviews
     audit = finish(first(table, number), ranking=ranking, validation=maker(4, seed=1))
+    if number == 1 and table is INSTRUCTIONS and is_refused(audit):
+        return
     assert_ranked(workplace, audit)
     assert any(LITTLE in warning for warning in audit.summary["warnings"])
 
@@ -108,10 +119,7 @@ def test_a_few_samples_that_stand_in_for_a_validation_set_as_well(
     labels = ["neg", "pos"] * 20
     few = first(table, number, **({"label": labels} if "label" in table else {}))
     audit = finish(few, ranking=AUTO, fine_tune=fine_tune)
-    if audit.state == "failed":
-        assert number < 3, (audit.error_code, audit.error_message)
-        assert audit.error_code not in {"internal_error", "worker_lost"}, audit.error_message
-        assert audit.error_field in {"train", "train.columns.label", "validation"}
+    if number < 3 and is_refused(audit):
         return
     assert_ranked(workplace, audit)
 
@@ -124,9 +132,7 @@ def test_samples_that_are_all_the_same(
     """Ties stand by training index. Of equal completions no wrong one can be made."""
     train = {name: values[:1] * 12 for name, values in table.items()}
     audit = finish(train, ranking=ranking, validation=first(table, 5))
-    if "prompt" in table and audit.state == "failed":
-        assert audit.error_code not in {"internal_error", "worker_lost"}, audit.error_message
-        assert audit.error_field in {"train", "ranking.estimator"}
+    if table is INSTRUCTIONS and is_refused(audit):
         return
     assert_ranked(workplace, audit)
 

@@ -99,6 +99,8 @@ def choose(context: StageContext, findings: Findings, ranking: RankingSpecificat
     if is_settled(ranking):
         return Choice([Member(settled(ranking))])
     probed = findings.probed(context)
+    if not bool(probed.is_probe_F.any()):
+        return _by_default(context, findings, ranking, num_samples=len(probed.is_probe_F))
     scorer = findings.scorer(context, probed)
     table: list[Candidate] = []
     for estimator in _candidates(context, ranking):
@@ -140,6 +142,32 @@ def choose(context: StageContext, findings: Findings, ranking: RankingSpecificat
                 {**each.configuration.model_dump(mode="json"), **each.found}
                 for each in table[:NUM_RUNNERS_UP]
             ],
+        },
+    )
+
+
+def _by_default(
+    context: StageContext, findings: Findings, ranking: RankingSpecification, *, num_samples: int
+) -> Choice:
+    """Choose where no probe could be planted: the ranks of the first estimator, over all layers."""
+    estimator = _candidates(context, ranking)[0]
+    values = ranking.model_dump() | {"estimator": estimator.name}
+    if values["layers"] == AUTO:
+        values["layers"] = next(iter(findings.layout.standard_groups(estimator)))
+    if values["aggregation"] == AUTO:
+        values["aggregation"] = "rank"
+    values["correct_only"] = bool(values["correct_only"])
+    configuration = Configuration.model_validate(values)
+    told = {**configuration.model_dump(mode="json"), "weight": 1.0, "auc_ndr": None}
+    return Choice(
+        members=[Member(configuration)],
+        evidence={
+            "num_probes": 0,
+            "num_samples": num_samples,
+            "chance": chance(0, num_samples) if num_samples else 1.0,
+            "works": False,
+            "members": [told],
+            "configurations": [],
         },
     )
 
