@@ -209,7 +209,7 @@ def cut(worker: LocalWorker, task: str, seed: int, level: float) -> Row:
         "seed": seed,
         "level": level,
         "share": audit.summary["noise"],
-        "flagged": audit.summary["num_flagged"] / CUT_TRAIN,
+        "flagged": audit.summary["num_flagged"] / (audit.num_train or 1),
         "reliability": reliability(worker, audit) if level else [],
     }
 

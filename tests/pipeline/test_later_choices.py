@@ -8,7 +8,7 @@ from app.audits.models import Audit, Ranking
 from app.db import transaction
 from tests.factories import make_ranking
 from tests.pipeline.conftest import Models
-from tests.pipeline.test_automatic_audits import flag_auto
+from tests.pipeline.test_automatic_audits import ENOUGH, flag_auto
 from tests.pipeline.test_probes_in_audits import AUTO, CONSENSUS
 from tests.pipeline.workplace import Workplace, results
 
@@ -91,13 +91,15 @@ def test_what_stood_in_for_a_validation_set_judges_every_later_ranking(
     """Of a baseline too, which alone would have needed none."""
     audit = workplace.succeed(
         workplace.submit(
-            models.classifier,
-            train=workplace.reviews()["train"],
+            models.encoder,
+            train=workplace.reviews(num_train=100)["train"],
+            fine_tune=ENOUGH,
+            estimators=["grad_dot"],
             ranking=AUTO,
             flag="auto",
         )
     )
-    assert audit.num_validation == 12
+    assert audit.num_validation == 20
     assert audit.summary["noise"] is not None
     for ranking in ({"estimator": "loss"}, {"estimator": "confidence"}):
         later = ask(workplace, audit, **ranking)

