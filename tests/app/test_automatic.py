@@ -69,7 +69,8 @@ def stored(**changes: Any) -> dict[str, Any]:
             {"grad_dot", "datainf"},
         ),
     ],
-    ids=str,
+    # sets have no order, and the names of tests must have one
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_what_is_computed(changes: dict[str, Any], computed: set[str]) -> None:
     found = computed_estimators(stored(**changes))

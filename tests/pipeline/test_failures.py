@@ -193,6 +193,11 @@ def test_samples_that_break_the_numbers_are_named(workplace: Workplace, models: 
     assert any("rows 4, 21" in warning for warning in audit.summary["warnings"])
     marked = [row.sample_index for row in workplace.training_rows(audit.id) if row.non_finite]
     assert marked == [4, 21]
+    for row in workplace.training_rows(audit.id):
+        neighbours = [*(row.alike_training or ()), *(row.opposed_training or ())]
+        assert not {4, 21} & set(neighbours)
+        assert bool(neighbours) != row.non_finite
+        assert (row.class_probabilities is None) == row.non_finite
     # the others stand as they would without them
     rest = {name: [v for i, v in enumerate(table[name]) if i not in {4, 21}] for name in table}
     without = workplace.succeed(

@@ -94,7 +94,6 @@ def test_what_stood_in_for_a_validation_set_judges_every_later_ranking(
             models.encoder,
             train=workplace.reviews(num_train=100)["train"],
             fine_tune=ENOUGH,
-            estimators=["grad_dot"],
             ranking=AUTO,
             flag="auto",
         )
