@@ -92,6 +92,9 @@ def check_later_ranking(request: "AuditRequest", ranking: "RankingSpecification"
 
 def _check_aggregation(ranking: "RankingSpecification | Configuration", at: Path) -> None:
     """Check that the probes can be ranked by the aggregation where they choose the rest."""
+    estimator = ESTIMATORS.get(ranking.estimator)
+    if estimator is not None and not estimator.has_layers:
+        return
     chooses = AUTO in {ranking.estimator, ranking.layers}
     if chooses and ranking.aggregation not in {AUTO, *CANDIDATE_AGGREGATIONS}:
         raise FieldConflict(

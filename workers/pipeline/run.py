@@ -9,9 +9,10 @@ from pydantic import ValidationError
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from app.audits.automatic import computed_estimators
 from app.audits.models import Audit, Ranking
 from app.audits.schemas import AuditRequest, Flag, RankingSpecification
-from app.catalogue import AUTO
+from app.catalogue import AUTO, EstimatorName
 from app.settings import Settings
 from app.work.models import Stage
 from app.work.repository import Claim
@@ -65,6 +66,8 @@ def _with_ranking(request: AuditRequest, ranking: Ranking | None) -> AuditReques
     if ranking is None:  # it was deleted; the worker's next look at its hold tells it so
         raise HoldLost
     later = {
+        # what the audit computed is what there is to choose among
+        "estimators": [EstimatorName(name) for name in computed_estimators(request.stored())],
         "ranking": RankingSpecification.model_validate(ranking.specification),
         "flag": AUTO if ranking.flag == AUTO else Flag.model_validate(ranking.flag),
     }
