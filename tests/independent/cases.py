@@ -1,6 +1,6 @@
 """Tiny models, their samples, and losses written without the engine.
 
-Shapes: N samples, B batch, S sequence, C classes, V vocabulary.
+Shapes: N samples, B batch, S sequence, C classes, V vocabulary, H width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.influence.tiny_models import VOCABULARY, sample_tokens, tiny_adapted, tiny_classifier
+from tests.influence.tiny_models import (
+    VOCABULARY,
+    sample_tokens,
+    tiny_adapted,
+    tiny_causal_lm,
+    tiny_classifier,
+)
 
 IGNORED = -100
 NUM_TRAIN, NUM_VALIDATION = 11, 5
@@ -122,9 +128,24 @@ def _classification_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _completion_losses(model: nn.Module, batch: Batch) -> Tensor:
-    logits_BSV = model(**inputs_of(batch)).logits
+    return _token_losses(model(**inputs_of(batch)).logits, batch["labels"])
+
+
+def _completion_losses_of_narrow_head(model: nn.Module, batch: Batch) -> Tensor:
+    """As `_completion_losses`, but where no token is learnt the head sees zeros.
+
+    The engine does not run the head there, so these inputs are no part of its Kronecker sums; a
+    peer sums whatever its hook on the head sees. Neither loss nor gradients depend on it.
+    """
+    tree: Any = model
+    hidden_BSH = tree.model(**inputs_of(batch)).last_hidden_state
+    is_learnt_BS = nn.functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
+    return _token_losses(tree.lm_head(hidden_BSH * is_learnt_BS[..., None]), batch["labels"])
+
+
+def _token_losses(logits_BSV: Tensor, label_BS: Tensor) -> Tensor:
     losses = []
-    for logits_SV, label_S in zip(logits_BSV, batch["labels"], strict=True):
+    for logits_SV, label_S in zip(logits_BSV, label_BS, strict=True):
         losses.append(cross_entropy(logits_SV[:-1], label_S[1:], ignore_index=IGNORED))
     return torch.stack(losses)
 
@@ -161,6 +182,14 @@ def _llama() -> nn.Module:
     return model.eval()
 
 
+def _distilbert_without_biases() -> nn.Module:
+    model = tiny_classifier("distilbert", num_layers=2)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_parameter("bias", None)
+    return model
+
+
 BERT = Case("bert", _bert, _classification_losses, has_token_labels=False)
 LLAMA = Case("llama", _llama, _completion_losses, has_token_labels=True)
 
@@ -178,3 +207,34 @@ FULL = Case(
     layers=("q_proj", "down_proj", "input_layernorm", "score", "embed_tokens"),
 )
 """All forms of gradients: written out, factors, and rows of the vocabulary."""
+
+_LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_DISTILBERT_LAYERS = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2")
+
+LINEAR = (
+    Case(
+        "llama-classifier-linear",
+        lambda: tiny_classifier("llama", num_layers=2),
+        _classification_losses,
+        has_token_labels=False,
+        options={"target_modules": _LLAMA_LAYERS},
+        layers=(*_LLAMA_LAYERS, "score"),
+    ),
+    Case(
+        "llama-linear",
+        lambda: tiny_causal_lm("llama", num_layers=2),
+        _completion_losses_of_narrow_head,
+        has_token_labels=True,
+        options={"target_modules": (*_LLAMA_LAYERS, "lm_head")},
+        layers=(*_LLAMA_LAYERS, "lm_head"),
+    ),
+    Case(
+        "distilbert-linear",
+        _distilbert_without_biases,
+        _classification_losses,
+        has_token_labels=False,
+        options={"target_modules": _DISTILBERT_LAYERS},
+        layers=(*_DISTILBERT_LAYERS, "pre_classifier", "classifier"),
+    ),
+)
+"""Whole weights of all linear layers, none of which has a bias."""

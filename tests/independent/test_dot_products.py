@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.independent.cases import BERT, FULL, LLAMA, NUM_TRAIN, NUM_VALIDATION, Case
+from tests.independent.cases import BERT, FULL, LINEAR, LLAMA, NUM_TRAIN, NUM_VALIDATION, Case
 from tests.independent.engine import engine_gradients
-from tests.independent.peers import dattri_dot_products, kronfluence_scores
+from tests.independent.peers import dattri_dot_products, import_peer, kronfluence_scores
 from workers.influence.rows import DenseRows, FactoredRows, SparseRows
 
 # the peers are older than the libraries here
@@ -17,7 +17,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
-CASES = pytest.mark.parametrize("case", [BERT, LLAMA], ids=lambda case: case.name)
 
 
 def _assert_equal(case: Case, peer: Mapping[str, Tensor]) -> None:
@@ -37,7 +36,7 @@ def _assert_equal(case: Case, peer: Mapping[str, Tensor]) -> None:
         assert float(error_VT.abs().max() / peer[name].abs().max()) < 1e-5, name
 
 
-@CASES
+@pytest.mark.parametrize("case", [BERT, LLAMA, *LINEAR], ids=lambda case: case.name)
 def test_grad_dot_is_kronfluences_score_without_a_curvature(case: Case, tmp_path: Path) -> None:
     """With the same sign: the measurement is the loss, positive is helpful."""
     _assert_equal(case, kronfluence_scores(case, strategy="identity", output_dir=tmp_path))
@@ -57,9 +56,21 @@ def test_the_full_case_has_gradients_of_every_form() -> None:
 
 def test_the_cases_tell_samples_apart() -> None:
     """Dot products differ from sample to sample, in sign as well, so that equality means much."""
-    for case in (BERT, LLAMA, FULL):
+    for case in (BERT, LLAMA, FULL, *LINEAR):
         for module in engine_gradients(case).values():
             dot_VT = module.validation.dot(module.train)
             assert bool((dot_VT > 0).any())
             assert bool((dot_VT < 0).any())
             assert int(torch.linalg.matrix_rank(dot_VT)) >= 2
+
+
+def test_a_missing_peer_fails_in_ci_and_is_skipped_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Either way the message says what to install."""
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception, match=r"no_such_peer.*requirements-checks\.txt"):
+        import_peer("no_such_peer")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match=r"no_such_peer.*requirements-checks\.txt"):
+        import_peer("no_such_peer")

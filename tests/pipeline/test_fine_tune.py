@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,9 @@ from tests.pipeline.tiny import (
     save_gpt2,
     save_llama,
 )
-from tests.pipeline.workplace import Workplace
+from tests.pipeline.workplace import Workplace, interrupted
 from workers.influence.errors import NoTrackedModules
 from workers.influence.objectives import CausalLanguageModel
-from workers.lease import Draining, Hold
 from workers.pipeline.fine_tune import query_and_value
 from workers.pipeline.samples import SampleSet
 
@@ -47,24 +45,6 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
 }
 FINE_TUNE: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2, "batch_size": 8, "dropout": 0.2}
-
-
-@contextmanager
-def interrupted(monkeypatch: pytest.MonkeyPatch, *, tick: int) -> Iterator[None]:
-    """Let the worker be stopped at one of its ticks, counted from 1."""
-    count = 0
-    original = Hold.tick
-
-    def counting(self: Hold, done: int, total: int) -> None:
-        nonlocal count
-        count += 1
-        if count == tick:
-            raise Draining
-        original(self, done, total)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Hold, "tick", counting)
-        yield
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -287,7 +267,7 @@ class TestEpochs:
         quiet = submit_tracin()
         fine_tune(workplace, quiet)
         expected = self.kept(workplace, quiet)
-        for tick in (2, 5, 8, 11):
+        for tick in (2, 7, 10, 12, 15):
             audit_id = submit_tracin()
             claim = workplace.claim_stage(audit_id, Stage.FINE_TUNE)
             with interrupted(monkeypatch, tick=tick):

@@ -2,8 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,7 @@ from app.work.models import Stage
 from app.work.repository import Claim
 from tests.pipeline.conftest import Models
 from tests.pipeline.tiny import bert_config
-from tests.pipeline.workplace import Workplace, results
-from workers.lease import Draining, Hold
-from workers.pipeline import runtime
+from tests.pipeline.workplace import Workplace, interrupted, results
 from workers.pipeline.checkpoint import Position, load_checkpoint, save_checkpoint, trainable
 
 FINE_TUNE = {"epochs": 3, "learning_rate": 1e-2, "batch_size": 8, "dropout": 0.2}
@@ -42,25 +39,6 @@ def submit(workplace: Workplace, models: Models) -> Callable[[], str]:
         aggregations=["mean", "rank", "vote", "common_set"],
         ranking={"estimator": "datainf"},
     )
-
-
-@contextmanager
-def interrupted(monkeypatch: pytest.MonkeyPatch, *, tick: int) -> Iterator[None]:
-    """Let the worker be stopped at one of its ticks, counted from 1, and another one go on."""
-    count = 0
-    original = Hold._report
-
-    def counting(self: Hold, done: int, total: int) -> None:
-        nonlocal count
-        count += 1
-        if count == tick:
-            raise Draining
-        original(self, done, total)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Hold, "_report", counting)
-        yield
-    runtime._loaded.clear()  # the next worker is another process
 
 
 def adapter_bytes(workplace: Workplace, audit_id: str) -> dict[str, str]:

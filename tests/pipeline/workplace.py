@@ -1,10 +1,13 @@
 """One worker of one service, in this process: submit audits, and work on them unit by unit."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import Engine, func, select, update
 
 from app.audits.models import (
@@ -22,6 +25,8 @@ from app.work.models import Stage, UnitState, WorkUnit
 from app.work.repository import Claim
 from tests.factories import TENANT
 from tests.pipeline.tiny import reviews, write_table
+from workers.lease import Draining, Hold
+from workers.pipeline import runtime
 from workers.pipeline.artifacts import Artifacts
 from workers.tasks import execute
 
@@ -170,3 +175,22 @@ class Workplace:
 def results(audit: Audit) -> dict[str, str]:
     """Return the SHA-256 of every result file."""
     return {name: file["sha256"] for name, file in audit.summary["files"].items()}
+
+
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, *, tick: int) -> Iterator[None]:
+    """Let the worker be stopped at a tick of any kind, counted from 1, and another one go on."""
+    count = 0
+    original = Hold._report
+
+    def counting(self: Hold, done: int, total: int) -> None:
+        nonlocal count
+        count += 1
+        if count == tick:
+            raise Draining
+        original(self, done, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Hold, "_report", counting)
+        yield
+    runtime._loaded.clear()  # the next worker is another process

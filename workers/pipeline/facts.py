@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from workers.influence.gradients import SampleGradients
-
-NO_CLASS = -1
+from workers.pipeline.samples import NO_CLASS
 
 
 class Facts:
