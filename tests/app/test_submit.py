@@ -306,7 +306,7 @@ class TestIdempotency:
     ) -> None:
         row = {"tenant": "default", "route": "POST /v1/audits", "key": "a"}
         with Session(engine) as first, ThreadPoolExecutor(1) as pool:
-            first.add(IdempotencyKey(**row, body_sha256="other", audit_id="aud_never"))
+            first.add(IdempotencyKey(**row, body_sha256="other", answer_id="aud_never"))
             first.flush()
             twin = pool.submit(post, client, request_body(), "a")
             time.sleep(0.3)
