@@ -7,6 +7,7 @@
     configuration in hindsight and cleanlab's ranking.
 (b) The cut: SST-2 and TREC with no noise, 5, 10, 20 and 40 %: the estimated share and its interval,
     and how often a sample was wrong at each stated probability.
+(c) The cost: CPU time of a whole audit of SST-2 with one fixed configuration, and of auto.
 
 Whole audits by the service's own stages.
 
@@ -38,6 +39,7 @@ SIZES = {"smollm2_sst2": (600, 120), "smollm2_grammars": (450, 60)}
 NUM_TRAIN, NUM_VALIDATION = 1500, 300
 LEVELS = (0.0, 0.05, 0.1, 0.2, 0.4)
 CUT_TASKS = ("sst2", "trec")
+FIXED = {"ranking": {"estimator": "grad_dot", "layers": "all", "aggregation": "mean"}}
 CUT_TRAIN, CUT_VALIDATION = 1000, 500
 NUM_BINS = 5
 BASELINES = {"loss", "random", "oracle", "confidence"}
@@ -49,14 +51,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--part", choices=["all", "choice", "cut"], default="all")
+    parser.add_argument("--part", choices=["all", "choice", "cut", "cost"], default="all")
     parser.add_argument("--json", type=Path, help="keep every number here")
     parser.add_argument("--from-json", type=Path, help="print the tables of an earlier run")
     options = parser.parse_args()
     if options.from_json:
         print_tables(json.loads(options.from_json.read_text()))
         return
-    found: dict[str, list[Row]] = {"choice": [], "cut": []}
+    found: dict[str, list[Row]] = {"choice": [], "cut": [], "cost": []}
     started = time.monotonic()
 
     def keep(part: str, row: Row) -> None:
@@ -66,14 +68,16 @@ def main() -> None:
             options.json.write_text(json.dumps(found))
 
     with local_worker() as worker:
-        for task in options.tasks if options.part != "cut" else ():
+        for task in options.tasks if options.part in {"all", "choice"} else ():
             for seed in options.seeds:
                 keep(
                     "choice", describe(worker, task, seed, worker.run(request(worker, task, seed)))
                 )
-        for task in CUT_TASKS if options.part != "choice" else ():
+        for task in CUT_TASKS if options.part in {"all", "cut"} else ():
             for level in LEVELS:
                 keep("cut", cut(worker, task, options.seeds[0], level))
+        for seed in options.seeds if options.part in {"all", "cost"} else ():
+            keep("cost", cost(worker, "sst2", seed))
     print_tables(found)
 
 
@@ -214,13 +218,31 @@ def cut(worker: LocalWorker, task: str, seed: int, level: float) -> Row:
     }
 
 
+def cost(worker: LocalWorker, task: str, seed: int) -> Row:
+    """Return the CPU seconds of an audit with one fixed configuration, and with auto."""
+    row: Row = {"task": task, "seed": seed}
+    for name, choice in (("fixed", FIXED), ("auto", {})):
+        asked = {**request(worker, task, seed), "estimators": None, **choice}
+        started = time.process_time()
+        audit = worker.run(asked)
+        row[name] = time.process_time() - started
+        row[f"{name}_timings"] = audit.timings
+    return row
+
+
 def print_tables(found: dict[str, list[Row]]) -> None:
     """Print everything in Markdown."""
     if found["choice"]:
         print_choice(found["choice"])
     if found["cut"]:
         print_cut(found["cut"])
-    print_reliability([*found["choice"], *found["cut"]])
+    for row in found.get("cost", []):
+        print(
+            f"{row['task']}, seed {row['seed']}: {row['fixed']:.0f} CPU s with a fixed "
+            f"configuration, {row['auto']:.0f} with auto: {row['auto'] / row['fixed']:.2f} x\n"
+        )
+    if reliable := [*found["choice"], *found["cut"]]:
+        print_reliability(reliable)
 
 
 def print_choice(rows: list[Row]) -> None:
