@@ -33,16 +33,15 @@ from rich.table import Table
 from winnow import (
     Audit,
     AuditRequest,
+    AuditResults,
     Client,
     DatasetSource,
     Detection,
     FineTune,
-    Flag,
     LayerResult,
     LayerTable,
     ModelSource,
     PlantNoise,
-    RankingSpecification,
     Suspect,
     WinnowError,
 )
@@ -54,8 +53,7 @@ DATA_DIR = Path(".winnow-demo")
 OUTPUT_DIR = Path("winnow-demo")
 LOG_FILE = OUTPUT_DIR / "service.log"
 
-RANKING = RankingSpecification(estimator="grad_cosine", layers="all", aggregation="rank")
-ESTIMATORS = ["grad_dot", "grad_cosine", "datainf", "self_influence"]
+ESTIMATORS = ["grad_dot", "grad_cosine", "gauss_newton", "ekfac"]
 AGGREGATIONS = ["mean", "rank", "vote"]
 
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -105,8 +103,6 @@ def run_audit(client: Client, started: float) -> None:
         fine_tune=FineTune(),
         plant_noise=PlantNoise(fraction=0.2, seed=SEED),
         estimators=ESTIMATORS,
-        ranking=RANKING,
-        flag=Flag(fraction=0.2),
     )
     audit = wait_with_progress(client, client.submit(request))
     if audit.results is None:
@@ -114,12 +110,14 @@ def run_audit(client: Client, started: float) -> None:
         raise DemoFailed(f"The audit did not succeed: {reason}")
 
     console.print()
+    console.print(choice_text(audit.results), soft_wrap=True, highlight=False)
+    console.print()
     console.print(suspect_table(islice(client.suspects(audit.id), NUM_SHOWN)))
     table = client.layers(audit.id)
     console.print()
     console.print(layer_table(table))
     console.print()
-    console.print(comparison_table(table, audit.results.detection))
+    console.print(comparison_table(table, audit.results))
     saved = client.download(audit.id, OUTPUT_DIR / "suspects.parquet")
 
     longest_first = sorted(audit.timings.items(), key=lambda timing: -timing[1])
@@ -234,7 +232,7 @@ def layer_table(layers: LayerTable) -> Table:
     return table
 
 
-def comparison_table(layers: LayerTable, own: Detection | None) -> Table:
+def comparison_table(layers: LayerTable, results: AuditResults) -> Table:
     """Return the audit's ranking beside the best configuration, the baselines and chance."""
     table = Table(title="Beside the baselines", title_justify="left")
     for heading in ("ranking", "NDR@10", "NDR@20", "NDR@30", "AUC-NDR"):
@@ -246,7 +244,7 @@ def comparison_table(layers: LayerTable, own: Detection | None) -> Table:
             numbers = [*(f"{share:.1%}" for share in shares), f"{detection.auc_ndr:.3f}"]
             table.add_row(name, *numbers, style=style)
 
-    add(f"this audit's: {name_of_ranking()}", own, style="bold")
+    add(f"chosen by the probes: {chosen_name(results)}", results.detection, style="bold")
     measured = [row for row in layers.data if row.detection is not None]
     influence = [row for row in measured if row.aggregation is not None]
     if influence:
@@ -279,9 +277,29 @@ def name_of(row: LayerResult) -> str:
     return f"{row.estimator}, {row.layer_group}, {row.aggregation}{suffix}"
 
 
-def name_of_ranking() -> str:
-    """Return the ranking that the demo asks for in words."""
-    return f"{RANKING.estimator}, {RANKING.layers}, {RANKING.aggregation}"
+def chosen_name(results: AuditResults) -> str:
+    """Return what ranks in words."""
+    assert results.choice is not None
+    chosen = results.choice.members[0]
+    suffix = " -c" if chosen.correct_only else ""
+    return f"{chosen.estimator}, {chosen.layers}, {chosen.aggregation}{suffix}"
+
+
+def choice_text(results: AuditResults) -> str:
+    """Tell what was chosen and why, and how much seems to be wrong."""
+    choice, noise = results.choice, results.noise
+    assert choice is not None
+    told = (
+        f"{choice.num_probes} probes with wrong labels chose [bold]{chosen_name(results)}[/]: it "
+        f"finds them with AUC-NDR {choice.members[0].auc_ndr:.3f} (chance {choice.chance:.3f})."
+    )
+    if noise is not None:
+        told += (
+            f"\nAbout [bold]{noise.share:.0%}[/] of the labels seem to be wrong "
+            f"({noise.low:.0%} to {noise.high:.0%}); 20% are. "
+            f"{results.num_flagged} samples are flagged."
+        )
+    return told
 
 
 def package_folder(name: str) -> Path:
