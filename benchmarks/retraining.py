@@ -73,7 +73,6 @@ def with_retraining(worker: LocalWorker, asked: dict[str, Any]) -> dict[str, Any
         "train": train,
         "test": test,
         "plant_noise": None,
-        "estimators": None,
         "ranking": {"estimator": "consensus"},
         "verify": {"arms": ["filtered"], "fraction": FRACTION, "seeds": [asked["seed"]]},
     }
