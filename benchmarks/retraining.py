@@ -64,11 +64,13 @@ def with_retraining(worker: LocalWorker, asked: dict[str, Any]) -> dict[str, Any
     if planted:
         field = "completion" if "completion" in columns else "label"
         columns[field], columns["noise"] = plant(columns[field], field, seed=planted["seed"])
-    train = {
-        "reference": worker.table("noisy", columns),
-        "columns": {key: key for key in columns},
-    }
-    test = {**train, "columns": {key: key for key in columns if key != "noise"}}
+    train, test = (
+        {
+            "reference": worker.table(name, {field: columns[field] for field in fields}),
+            "columns": {field: field for field in fields},
+        }
+        for name, fields in (("noisy", list(columns)), ("again", columns.keys() - {"noise"}))
+    )
     return asked | {
         "train": train,
         "test": test,
