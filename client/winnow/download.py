@@ -8,6 +8,7 @@ import hashlib
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 
 import httpx2
@@ -43,24 +44,41 @@ async def save(connection: Connection, source: str, path: Path) -> None:
 
 async def save_stream(
     connection: Connection, source: str, path: Path, *, params: dict[str, str]
-) -> None:
+) -> Path:
     """Download what the service makes on the way, which has no checksum and starts anew each time.
 
     The file appears under its name only when it is complete.
+
+    Args:
+        connection: to the service.
+        source: the path of what is downloaded.
+        path: where to; in a folder it gets the name that the service gives it.
+        params: of the call.
     """
-    part = path.with_name(f"{path.name}.part")
+    is_folder = path.is_dir()  # noqa: ASYNC240  see AsyncClient
 
-    async def fetch() -> None:
+    async def fetch() -> Path:
         async with connection.stream(source, params=params) as streamed:
-            with part.open("wb") as file:
-                async for piece in streamed.pieces:
-                    file.write(piece)
-        part.replace(path)
+            to = path / _name_of(streamed.response) if is_folder else path
+            part = to.with_name(f"{to.name}.part")
+            try:
+                with part.open("wb") as file:
+                    async for piece in streamed.pieces:
+                        file.write(piece)
+                part.replace(to)
+            finally:
+                part.unlink(missing_ok=True)
+        return to
 
-    try:
-        await connection.retry(fetch)
-    finally:
-        part.unlink(missing_ok=True)
+    return await connection.retry(fetch)
+
+
+def _name_of(response: httpx2.Response) -> str:
+    """Return the file's name by the service, without any folders."""
+    header = Message()
+    header["content-disposition"] = response.headers.get("content-disposition", "")
+    name = Path((header.get_filename() or "").replace("\\", "/")).name
+    return name if name.strip(".") else "export"
 
 
 @dataclass(frozen=True)

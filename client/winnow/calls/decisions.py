@@ -78,7 +78,8 @@ class DecisionCalls(Calls):
 
         Args:
             audit_id: the audit.
-            path: where to; it appears there only when it is complete.
+            path: where to; it appears there only when it is complete. In a folder it gets the name
+                of the training set.
             suspects: `decisions` does what reviewers decided; `drop` leaves all flagged samples
                 out, `correct` gives them their suggested label.
             ranking_id: whose flags count; those of the audit's own by default.
@@ -102,14 +103,12 @@ class DecisionCalls(Calls):
     async def _save(
         self, audit_id: str, what: str, path: Path | str, suspects: Applied, ranking_id: str | None
     ) -> Path:
-        path = Path(path)
-        await download.save_stream(
+        return await download.save_stream(
             self._connection,
             audit_path(audit_id, *what.split("/")),
-            path,
+            Path(path),
             params=given({"suspects": suspects, "ranking_id": ranking_id}),
         )
-        return path
 
 
 def _body(request: DecisionRequest | Mapping[str, Any]) -> dict[str, Any]:
