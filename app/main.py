@@ -16,6 +16,8 @@ from app.db import make_engine
 from app.errors import InvalidRequest, NotAuthenticated, install_error_handlers, problem_responses
 from app.experiments import routes as experiment_routes
 from app.jobs import Sender, make_celery
+from app.live.events import install_end_of_streams
+from app.live.watcher import Watcher
 from app.middleware import BodyLimit, LoopbackOnly, RequestContext
 from app.settings import Settings
 from app.version import VERSION
@@ -87,6 +89,7 @@ def create_app(
     api.state.engine = the_engine
     api.state.celery = the_celery
     api.state.sender = Sender(the_engine, the_celery)
+    api.state.watcher = Watcher(the_engine)
     api.include_router(health.router)
     for router in (
         audit_routes.router,
@@ -103,4 +106,5 @@ def create_app(
         api.add_middleware(LoopbackOnly)
     api.add_middleware(RequestContext)
     install_error_handlers(api)
+    install_end_of_streams(api)
     return api
