@@ -1,15 +1,16 @@
-"""The service's verbs of the command `winnow`: serve, api, worker, migrate, keys.
+"""The service's verbs of the command `winnow`: serve, api, worker, migrate, keys; and its doctor.
 
 The client loads this module for every call, so it only declares them: `app.verbs` imports what is
 heavy, when a verb is run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from winnow.commands.findings import Finding, add_checks
 
 DEFAULT_KEY_DAYS = 365
 
@@ -23,7 +24,8 @@ DataDir = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Add the service's verbs to a command line."""
+    """Add the service's verbs to a command line, and its checks to `winnow doctor`."""
+    add_checks("service", look_around)
     for verb in (serve, api, worker, migrate):
         app.command()(_explaining(verb))
     keys = typer.Typer(no_args_is_help=True, help="API keys of this service.")
@@ -31,6 +33,13 @@ def register(app: typer.Typer) -> None:
     keys.command("list")(_explaining(list_keys))
     keys.command("revoke")(_explaining(revoke_key))
     app.add_typer(keys, name="keys")
+
+
+def look_around() -> Iterable[Finding]:
+    """Return what `winnow doctor` finds of the service that is installed here."""
+    from app import doctor  # noqa: PLC0415  see above
+
+    return doctor.look_around()
 
 
 def serve(

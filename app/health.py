@@ -67,15 +67,30 @@ def readyz(
     """
     checks = {
         "database": _checked(lambda: _database(engine)),
-        "broker": _checked(lambda: _broker(celery)),
-        "worker": _checked(lambda: _worker(engine, settings)),
-        "storage": _checked(lambda: _storage(settings)),
+        "broker": check_broker(celery),
+        "worker": check_worker(engine, settings),
+        "storage": check_storage(settings),
     }
     readiness = Readiness(ready=all(check.ok for check in checks.values()), checks=checks)
     if not readiness.ready:
         response.status_code = 503
         response.headers["Retry-After"] = "5"
     return readiness
+
+
+def check_broker(celery: Celery) -> Check:
+    """Say whether the broker answers."""
+    return _checked(lambda: _broker(celery))
+
+
+def check_worker(engine: Engine, settings: Settings) -> Check:
+    """Say whether workers that take all work were seen of late."""
+    return _checked(lambda: _worker(engine, settings))
+
+
+def check_storage(settings: Settings) -> Check:
+    """Say whether the data directory can be written, and has room."""
+    return _checked(lambda: _storage(settings))
 
 
 def _checked(check: Callable[[], Check]) -> Check:

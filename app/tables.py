@@ -11,6 +11,7 @@ from app.audits.models import (
 from app.datasets.models import Dataset
 from app.experiments.models import Experiment
 from app.keys.models import ApiKey
+from app.webhooks.models import Webhook, WebhookDelivery
 from app.work.models import WorkerHeartbeat, WorkUnit
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Ranking",
     "TrainingSample",
     "ValidationSample",
+    "Webhook",
+    "WebhookDelivery",
     "WorkUnit",
     "WorkerHeartbeat",
 ]

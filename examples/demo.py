@@ -25,7 +25,6 @@ from pathlib import Path
 import httpx2
 import pyarrow as pa
 import pyarrow.parquet as pq
-import stamina.instrumentation
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -72,7 +71,6 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
-    stamina.instrumentation.set_on_retry_hooks([])  # the progress bar says enough
     started = time.monotonic()
     try:
         with running_service() as base_url, Client(base_url) as client:

@@ -17,10 +17,17 @@ def find_dataset(
 
 
 def list_datasets(
-    session: Session, tenant: str, *, limit: int, before_id: str | None = None
+    session: Session,
+    tenant: str,
+    *,
+    limit: int,
+    before_id: str | None = None,
+    sha256: str | None = None,
 ) -> list[Dataset]:
     """Return a tenant's datasets, the newest first, one more than `limit` when there are more."""
     statement = select(Dataset).where(Dataset.tenant == tenant)
+    if sha256 is not None:
+        statement = statement.where(Dataset.sha256 == sha256)
     if before_id is not None:
         statement = statement.where(Dataset.id < before_id)
     return list(session.scalars(statement.order_by(Dataset.id.desc()).limit(limit + 1)))

@@ -2,12 +2,13 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
+from app.audits.documented import LOCATION, REPLAYED, IdempotencyKey
 from app.datasets import service
 from app.datasets.models import Dataset as DatasetRow
 from app.datasets.schemas import Dataset, UploadOptions
@@ -41,14 +42,19 @@ def _upload_form() -> dict[str, Any]:
     summary="Upload a dataset",
     response_model=Dataset,
     openapi_extra=_upload_form(),
-    responses=problem_responses(InvalidRequest, StorageFull),
+    responses={
+        201: {"description": "Checked and kept.", "headers": {**LOCATION, **REPLAYED}},
+        **problem_responses(InvalidRequest, Conflict, StorageFull),
+    },
 )
 async def upload_dataset(
+    *,
     request: Request,
     response: Response,
     engine: EngineDep,
     settings: SettingsDep,
     tenant: TenantDep,
+    idempotency_key: IdempotencyKey = None,
 ) -> Dataset:
     """Upload a table once and use it in many audits.
 
@@ -69,7 +75,7 @@ async def upload_dataset(
             raise RequestValidationError(
                 [{**item, "loc": ("body", *item["loc"])} for item in error.errors()], body=fields
             ) from error
-        row = await run_in_threadpool(
+        stored = await run_in_threadpool(
             service.store_dataset,
             engine,
             settings,
@@ -77,8 +83,11 @@ async def upload_dataset(
             file=file.file,
             filename=file.filename or "dataset",
             options=options,
+            idempotency_key=idempotency_key,
         )
-    answer = _answer(row)
+    answer = _answer(stored.dataset)
+    if stored.is_replay:
+        response.headers["Idempotent-Replayed"] = "true"
     response.headers["Location"] = answer.links["self"]
     return answer
 
@@ -90,12 +99,18 @@ def list_datasets(
     response: Response,
     engine: EngineDep,
     tenant: TenantDep,
+    sha256: Annotated[
+        str | None,
+        Query(pattern="^[0-9a-f]{64}$", description="Only files with this SHA-256: uploaded yet?"),
+    ] = None,
     limit: Limit = 100,
     cursor: Cursor = None,
 ) -> Page[Dataset]:
     """List your datasets, the newest first."""
     before_id = decode_cursor(cursor, str) if cursor else None
-    rows = service.list_datasets(engine, tenant=tenant, limit=limit, before_id=before_id)
+    rows = service.list_datasets(
+        engine, tenant=tenant, limit=limit, before_id=before_id, sha256=sha256
+    )
     rows, has_more = cut_page(rows, limit)
     next_cursor = encode_cursor(rows[-1].id) if has_more else None
     link_next(request, response, next_cursor)

@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import structlog
+from pydantic import BaseModel
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from app.audits.idempotency import KeyedCall
 from app.audits.repository import uses_dataset
 from app.datasets import repository
 from app.datasets.columns import ColumnField
@@ -47,6 +49,21 @@ _POINTER_OF_FIELD: dict[ColumnField | None, str] = {
 log = structlog.get_logger()
 
 
+class Storing(NamedTuple):
+    """A stored dataset, and whether an earlier call with the same key stored it."""
+
+    dataset: Dataset
+    is_replay: bool
+
+
+class _Upload(BaseModel):
+    """What an idempotency key stands for."""
+
+    filename: str
+    sha256: str
+    options: UploadOptions
+
+
 def dataset_limits(settings: Settings) -> DatasetLimits:
     """Return the largest dataset that this server takes."""
     return DatasetLimits(max_rows=settings.max_rows, max_text_chars=settings.max_text_chars)
@@ -60,14 +77,17 @@ def store_dataset(
     file: BinaryIO,
     filename: str,
     options: UploadOptions,
-) -> Dataset:
+    idempotency_key: str | None = None,
+) -> Storing:
     """Check an uploaded file and keep it.
 
     The file is written under a temporary name, flushed to disk and renamed before its row is
-    committed: a row always has its file, and a refusal leaves nothing.
+    committed: a row always has its file, and a refusal leaves nothing. A caller who lost the answer
+    and sends the file again, under the same key, gets the dataset that is there.
 
     Raises:
-        InvalidRequest: what is wrong with the file, and where.
+        InvalidRequest: what is wrong with the file, and where; or the key came with another file.
+        Conflict: the key's dataset was deleted.
         OSError: the disk is full (the error handlers make it a 507).
     """
     dataset_id = new_id("ds")
@@ -95,14 +115,37 @@ def store_dataset(
             )
             _sync(staging)
             staging.rename(final.parent)
+    call = None
+    if idempotency_key is not None:
+        upload = _Upload(filename=filename, sha256=sha256, options=options)
+        route = "POST /v1/datasets"
+        call = KeyedCall.of(
+            upload, tenant=tenant, route=route, key=idempotency_key, thing="dataset"
+        )
+    first = None
     try:
         _sync(final.parent.parent)
         with transaction(engine) as session:
-            session.add(dataset)
+            if call is not None and not call.claim(session, dataset_id):
+                first = _first_answer(session, call)
+            else:
+                session.add(dataset)
     except BaseException:
         shutil.rmtree(final.parent, ignore_errors=True)
         raise
+    if first is not None:
+        shutil.rmtree(final.parent, ignore_errors=True)
+        return Storing(first, is_replay=True)
     log.info("dataset_stored", dataset_id=dataset_id, num_rows=summary.num_rows)
+    return Storing(dataset, is_replay=False)
+
+
+def _first_answer(session: Session, call: KeyedCall) -> Dataset:
+    """Return the dataset that a key was given before."""
+    dataset_id = call.first_answer(session) or ""  # it was not free, so it has one
+    dataset = repository.find_dataset(session, call.tenant, dataset_id)
+    if dataset is None:
+        raise call.is_gone(dataset_id)
     return dataset
 
 
@@ -117,11 +160,13 @@ def get_dataset(engine: Engine, *, tenant: str, dataset_id: str) -> Dataset:
 
 
 def list_datasets(
-    engine: Engine, *, tenant: str, limit: int, before_id: str | None
+    engine: Engine, *, tenant: str, limit: int, before_id: str | None, sha256: str | None = None
 ) -> list[Dataset]:
     """Return a tenant's datasets, the newest first, one more than `limit` when there are more."""
     with Session(engine) as session:
-        return repository.list_datasets(session, tenant, limit=limit, before_id=before_id)
+        return repository.list_datasets(
+            session, tenant, limit=limit, before_id=before_id, sha256=sha256
+        )
 
 
 def delete_dataset(engine: Engine, settings: Settings, *, tenant: str, dataset_id: str) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from app.audits.models import Audit, AuditState, Ranking, RankingState
 from app.db import new_id, transaction
+from app.webhooks.outbox import owe_end
 from app.work.models import Stage, UnitState, WorkUnit
 from app.work.stages import STATE_OF_STAGE, next_stage, num_units, overall_progress
 
@@ -148,6 +149,7 @@ def complete(session: Session, held: Claim, *, result: dict[str, Any]) -> list[s
     if isinstance(owner, Ranking):
         owner.progress = 1.0
         enter_ranking_state(owner, RankingState.SUCCEEDED)
+        owe_end(session, owner)
         return []
     session.flush()
     return _go_on(session, owner, held)
@@ -170,6 +172,7 @@ def _go_on(session: Session, audit: Audit, held: Claim) -> list[str]:
             return add_units(session, audit.id, following, count=count)
     audit.progress = 1.0
     finish(audit, AuditState.SUCCEEDED)
+    owe_end(session, audit)
     return []
 
 
@@ -234,6 +237,7 @@ def fail_owner(session: Session, owner: Owner, failure: Failure) -> None:
         finish(owner, AuditState.FAILED)
     else:
         enter_ranking_state(owner, RankingState.FAILED)
+    owe_end(session, owner)
     _withdraw_units(session, owner, states=(UnitState.READY, UnitState.RUNNING))
 
 
@@ -269,6 +273,7 @@ def settle_cancel(session: Session, audit: Audit) -> None:
     if audit.finished_at is None and audit.cancel_requested_at and not session.scalar(held):
         _withdraw_units(session, audit, states=(UnitState.READY, UnitState.RUNNING))
         finish(audit, AuditState.CANCELLED)
+        owe_end(session, audit)
 
 
 def finish(audit: Audit, state: AuditState) -> None:

@@ -1,54 +1,67 @@
 """Winnow's Python client: submit audits of training data, wait for them, read the suspects."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from winnow.client import Client
-from winnow.errors import (
-    DownloadDamaged,
-    ErrorItem,
-    NotDoneInTime,
-    ServiceUnreachable,
-    WinnowError,
-)
-from winnow.requests import (
-    AuditRequest,
-    Columns,
-    Configurations,
-    DatasetSource,
-    ExperimentRequest,
-    ExperimentTask,
-    ExperimentVerify,
-    FineTune,
-    Flag,
-    ModelSource,
-    PlantNoise,
-    RankingRequest,
-    RankingSpecification,
-    Verify,
-)
-from winnow.results import (
-    Aggregation,
-    Audit,
-    AuditResults,
-    Dataset,
-    Detection,
-    Estimator,
-    Experiment,
-    ExperimentResults,
-    LayerResult,
-    LayerTable,
-    Ranking,
-    RankingResults,
-    SampleDetail,
-    Suspect,
-    Verification,
-    VerificationArm,
-)
+if TYPE_CHECKING:
+    from winnow.client import AsyncClient, Client
+    from winnow.errors import (
+        DownloadDamaged,
+        ErrorItem,
+        MissingExtra,
+        NotDoneInTime,
+        ServiceUnreachable,
+        WinnowError,
+    )
+    from winnow.requests import (
+        AuditRequest,
+        Columns,
+        Configurations,
+        DatasetSource,
+        DecisionRequest,
+        ExperimentRequest,
+        ExperimentTask,
+        ExperimentVerify,
+        FineTune,
+        Flag,
+        ModelSource,
+        PlantNoise,
+        RankingRequest,
+        RankingSpecification,
+        SuspectFilter,
+        Verify,
+    )
+    from winnow.results import (
+        Aggregation,
+        Audit,
+        AuditResults,
+        Dataset,
+        Decision,
+        DecisionBatch,
+        DecisionPreview,
+        Detection,
+        Done,
+        Estimator,
+        Experiment,
+        ExperimentResults,
+        LayerResult,
+        LayerTable,
+        Precision,
+        Progress,
+        Ranking,
+        RankingResults,
+        SampleDetail,
+        Suspect,
+        SuspectSummary,
+        Verification,
+        VerificationArm,
+    )
 
-__version__ = version("winnow-client")
 
 __all__ = [
     "Aggregation",
+    "AsyncClient",
     "Audit",
     "AuditRequest",
     "AuditResults",
@@ -57,7 +70,12 @@ __all__ = [
     "Configurations",
     "Dataset",
     "DatasetSource",
+    "Decision",
+    "DecisionBatch",
+    "DecisionPreview",
+    "DecisionRequest",
     "Detection",
+    "Done",
     "DownloadDamaged",
     "ErrorItem",
     "Estimator",
@@ -70,9 +88,12 @@ __all__ = [
     "Flag",
     "LayerResult",
     "LayerTable",
+    "MissingExtra",
     "ModelSource",
     "NotDoneInTime",
     "PlantNoise",
+    "Precision",
+    "Progress",
     "Ranking",
     "RankingRequest",
     "RankingResults",
@@ -80,8 +101,23 @@ __all__ = [
     "SampleDetail",
     "ServiceUnreachable",
     "Suspect",
+    "SuspectFilter",
+    "SuspectSummary",
     "Verification",
     "VerificationArm",
     "Verify",
     "WinnowError",
 ]
+
+_HOMES = ("winnow.client", "winnow.errors", "winnow.requests", "winnow.results")
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: `winnow --help` needs none of them."""
+    if name == "__version__":
+        return version("winnow-client")
+    if name in __all__:
+        for home in map(import_module, _HOMES):
+            if name in vars(home):
+                return vars(home)[name]
+    raise AttributeError(f"module 'winnow' has no attribute {name!r}")

@@ -1,22 +1,25 @@
 """Calls over HTTP: tried again where that can help, errors as the service said them."""
 
 import ipaddress
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar
 
 import httpx2
-import stamina
 from pydantic import TypeAdapter, ValidationError
 
 from winnow.errors import ServiceUnreachable, WinnowError, error_of
+from winnow.transport import AsyncTransport, BlockingTransport, Streamed, Transport
 
 Outcome = TypeVar("Outcome")
 Answer = TypeVar("Answer")
 
 TRY_LATER = frozenset({429, 503})
 LONGEST_WAIT_SECONDS = 30.0
+FIRST_PAUSE_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 5.0
 
 # Nothing reached the service: any call may be tried again.
 _NOT_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
@@ -29,13 +32,20 @@ class Connection:
 
     Args:
         base_url: where the service is.
+        is_blocking: whether the calls are run without an event loop.
         api_key: sent with every call when given.
         timeout: seconds without a byte after which a try is given up.
         attempts: tries of one call, the first included.
     """
 
     def __init__(
-        self, base_url: str, *, api_key: str | None, timeout: float, attempts: int
+        self,
+        base_url: str,
+        *,
+        is_blocking: bool,
+        api_key: str | None,
+        timeout: float,
+        attempts: int,
     ) -> None:
         url = httpx2.URL(base_url)
         headers = {"User-Agent": f"winnow-client/{version('winnow-client')}"}
@@ -43,27 +53,45 @@ class Connection:
             headers["Authorization"] = f"Bearer {api_key}"
         self._base_url = str(url)
         self._attempts = attempts
-        self._http = httpx2.Client(
+        make: type[BlockingTransport | AsyncTransport]
+        make = BlockingTransport if is_blocking else AsyncTransport
+        self._transport: Transport = make(
             base_url=url,
             headers=headers,
             timeout=timeout,
             trust_env=not _is_loopback(url.host),  # no proxy can reach this machine's loopback
         )
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        await self._transport.close()
 
-    def call(self, method: str, path: str, **options: Any) -> httpx2.Response:  # noqa: ANN401
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        await self._transport.sleep(seconds)
+
+    async def ask(
+        self,
+        kind: type[Answer],
+        method: str,
+        path: str,
+        **options: Any,  # noqa: ANN401
+    ) -> Answer:
+        """Make a call that may run twice and return its answer, typed."""
+        return parse(kind, await self.call(method, path, **options))
+
+    async def call(self, method: str, path: str, **options: Any) -> httpx2.Response:  # noqa: ANN401
         """Make a call that may run twice and return its answer; options are httpx2's own.
 
         Raises:
             WinnowError: the service refused.
             ServiceUnreachable: no answer came.
         """
-        return self.retry(lambda: self.send(method, path, **options))
+        return await self.retry(lambda: self.send(method, path, **options))
 
-    def retry(self, action: Callable[[], Outcome], *, may_run_twice: bool = True) -> Outcome:
+    async def retry(
+        self, action: Callable[[], Awaitable[Outcome]], *, may_run_twice: bool = True
+    ) -> Outcome:
         """Return what `action` returns, tried again with growing pauses while that can help.
 
         Args:
@@ -74,42 +102,90 @@ class Connection:
             WinnowError: the service refused.
             ServiceUnreachable: no answer came.
         """
-        passing = _NOT_SENT + _MAYBE_SENT if may_run_twice else _NOT_SENT
+        patience = self.patience(_NOT_SENT + _MAYBE_SENT if may_run_twice else _NOT_SENT)
+        while True:
+            try:
+                return await action()
+            except (WinnowError, httpx2.TransportError) as error:
+                await patience.after(error)
 
-        def pause(error: Exception) -> bool | float:
-            if isinstance(error, WinnowError) and error.status in TRY_LATER:
-                return min(error.retry_after or 0.0, LONGEST_WAIT_SECONDS) or True
-            return isinstance(error, passing)
+    def patience(
+        self, passing: tuple[type[httpx2.TransportError], ...] = _NOT_SENT + _MAYBE_SENT
+    ) -> "Patience":
+        """Return the pauses between the tries of one call."""
+        return Patience(self, passing, num_tries=self._attempts)
 
-        try:
-            for attempt in stamina.retry_context(
-                on=pause, attempts=self._attempts, timeout=None, wait_initial=0.2, wait_jitter=0.2
-            ):
-                with attempt:
-                    return action()
-        except httpx2.TransportError as error:
-            raise ServiceUnreachable(
-                f"No answer from {self._base_url}",
-                detail=f"{error or type(error).__name__}. Is the service running there?",
-            ) from error
-        raise AssertionError("there is at least one attempt")
+    async def answer(self, method: str, path: str, **options: Any) -> httpx2.Response:  # noqa: ANN401
+        """Return an answer of any status, after tries while there is no connection.
 
-    def send(self, method: str, path: str, **options: Any) -> httpx2.Response:  # noqa: ANN401
+        Raises:
+            ServiceUnreachable: no answer came.
+        """
+        return await self.retry(lambda: self._transport.request(method, path, **options))
+
+    async def send(self, method: str, path: str, **options: Any) -> httpx2.Response:  # noqa: ANN401
         """Make one try; an answer that is neither a success nor 304 is raised as WinnowError."""
-        response = self._http.request(method, path, **options)
+        response = await self._transport.request(method, path, **options)
         if not (response.is_success or response.status_code == httpx2.codes.NOT_MODIFIED):
             raise error_of(response)
         return response
 
-    @contextmanager
-    def stream(self, path: str) -> Iterator[httpx2.Response]:
+    @asynccontextmanager
+    async def stream(self, path: str, **options: Any) -> AsyncGenerator[Streamed, None]:  # noqa: ANN401
         """Make one try of a GET whose body the caller reads piece by piece."""
-        headers = {"Accept-Encoding": "identity"}  # the checksum is of the file as it is
-        with self._http.stream("GET", path, headers=headers) as response:
-            if not response.is_success:
-                response.read()
-                raise error_of(response)
-            yield response
+        async with self._transport.stream(path, **options) as streamed:
+            if not streamed.response.is_success:
+                raise error_of(streamed.response)
+            yield streamed
+
+    def unreachable(self, error: httpx2.TransportError) -> ServiceUnreachable:
+        """Return the error for an answer that did not come."""
+        return ServiceUnreachable(
+            f"No answer from {self._base_url}",
+            detail=f"{error or type(error).__name__}. Is the service running there?",
+        )
+
+
+class Patience:
+    """Growing pauses between the tries of one call, or as long as the service asks for."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        passing: tuple[type[httpx2.TransportError], ...],
+        *,
+        num_tries: int,
+    ) -> None:
+        self._connection = connection
+        self._passing = passing
+        self._num_tries = num_tries
+        self.renew()
+
+    def renew(self) -> None:
+        """Start to count anew, after something came."""
+        self._tries_left = self._num_tries
+        self._pause = FIRST_PAUSE_SECONDS
+
+    async def after(self, error: WinnowError | httpx2.TransportError) -> None:
+        """Pause before the next try, if there is one that can help.
+
+        Raises:
+            WinnowError: the service refused.
+            ServiceUnreachable: no answer came.
+        """
+        self._tries_left -= 1
+        asked: float | None = None
+        if isinstance(error, WinnowError):
+            if not self._tries_left or error.status not in TRY_LATER:
+                raise error
+            asked = error.retry_after
+        elif not self._tries_left or not isinstance(error, self._passing):
+            raise self._connection.unreachable(error) from error
+        jitter = random.uniform(0, FIRST_PAUSE_SECONDS)  # noqa: S311  no secret
+        await self._connection.sleep(
+            min(asked, LONGEST_WAIT_SECONDS) if asked else self._pause + jitter
+        )
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
 
 
 def parse(kind: type[Answer], response: httpx2.Response) -> Answer:

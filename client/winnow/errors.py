@@ -101,3 +101,12 @@ def seconds_of(retry_after: str | None) -> float | None:
     except ValueError:
         return None
     return seconds if 0 <= seconds < float("inf") else None
+
+
+class MissingExtra(ImportError):
+    """A library that this call needs is not installed; the message says how to install it."""
+
+    def __init__(self, library: str, *, extra: str) -> None:
+        super().__init__(
+            f"This needs {library}, which is not installed: pip install 'winnow-client[{extra}]'"
+        )

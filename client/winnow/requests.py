@@ -231,3 +231,35 @@ class ExperimentRequest(Request):
     noise_fraction: float | None = None
     verify: ExperimentVerify | None = None
     metadata: dict[str, str] | None = None
+
+
+class SuspectFilter(Request):
+    """All samples that match, not only those of a page; what is left out does not count."""
+
+    flagged: bool | None = None
+    label: str | None = None
+    suggested_label: str | None = None
+    min_score: float | None = None
+    max_score: float | None = None
+    min_noise_probability: float | None = None
+    max_noise_probability: float | None = None
+    search: str | None = None
+    decision: list[str] | None = None
+
+
+class DecisionRequest(Request):
+    """One decision about many samples: those of `indices`, or all that match `filter`.
+
+    `action` is accept (the suggested label), keep, drop, edit (to `label`, or to `text` for a
+    completion) or clear. With `as_of`, a `decision_version`, the call is refused when somebody
+    else has decided one of the samples since.
+    """
+
+    action: Literal["accept", "keep", "drop", "edit", "clear"]
+    label: str | None = None
+    text: str | None = None
+    indices: list[int] | None = None
+    filter: SuspectFilter | None = None
+    ranking_id: str | None = None
+    as_of: int | None = None
+    reviewer: str | None = None

@@ -1,7 +1,8 @@
 """Wait for what runs at the service."""
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import TypeVar
 
 import httpx2
@@ -15,16 +16,37 @@ POLL_SECONDS = 2.0
 Awaited = TypeVar("Awaited", Audit, Experiment, Ranking)
 
 
-def wait_until_done(
+async def wait_until_done(
     connection: Connection,
     kind: type[Awaited],
     path: str,
     *,
     progress: Callable[[Awaited], None] | None = None,
     poll_seconds: float | None = None,
-    timeout: float | None = None,
+    timeout: float | None = None,  # noqa: ASYNC109  of the service's work, not of this coroutine
 ) -> Awaited:
     """Return what stands at a path when it is done.
+
+    Raises:
+        NotDoneInTime: the timeout passed.
+    """
+    looks = changes(connection, kind, path, poll_seconds=poll_seconds, timeout=timeout)
+    async with aclosing(looks):
+        async for answer in looks:
+            if progress is not None:
+                progress(answer)
+    return answer
+
+
+async def changes(
+    connection: Connection,
+    kind: type[Awaited],
+    path: str,
+    *,
+    poll_seconds: float | None = None,
+    timeout: float | None = None,  # noqa: ASYNC109
+) -> AsyncGenerator[Awaited, None]:
+    """Yield what stands at a path, at first and whenever it has changed, until it is done.
 
     Raises:
         NotDoneInTime: the timeout passed.
@@ -32,14 +54,13 @@ def wait_until_done(
     give_up_at = None if timeout is None else time.monotonic() + timeout
     headers: dict[str, str] = {}
     while True:
-        response = connection.call("GET", path, headers=headers)
+        response = await connection.call("GET", path, headers=headers)
         if response.status_code != httpx2.codes.NOT_MODIFIED:
             answer = parse(kind, response)
             headers = {"If-None-Match": response.headers.get("etag", "")}
-            if progress is not None:
-                progress(answer)
+            yield answer
             if answer.done:
-                return answer
+                return
         asked = seconds_of(response.headers.get("retry-after"))
         pause = poll_seconds if poll_seconds is not None else asked or POLL_SECONDS
         if give_up_at is not None and time.monotonic() + pause > give_up_at:
@@ -47,4 +68,4 @@ def wait_until_done(
             raise NotDoneInTime(
                 "Not done in time", detail=f"{name} is still running after {timeout:g} s."
             )
-        time.sleep(pause)
+        await connection.sleep(pause)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,51 @@ def test_lists_go_by_pages_the_newest_first(client: TestClient) -> None:
         seen += [dataset["id"] for dataset in response.json()["data"]]
         url = response.links.get("next", {}).get("url", "")
     assert seen == made[::-1]
+
+
+class TestSentAgain:
+    """A caller who lost the answer sends the file again, under the same key."""
+
+    KEY = {"Idempotency-Key": "nightly"}  # noqa: RUF012
+
+    def send(self, client: TestClient, content: str = CSV_TABLE, **fields: str) -> httpx2.Response:
+        files = {"file": ("a.csv", content)}
+        return client.post("/v1/datasets", files=files, data=fields, headers=self.KEY)
+
+    def test_it_is_one_dataset(self, client: TestClient, settings: Settings) -> None:
+        first, again = self.send(client), self.send(client)
+        assert (first.status_code, again.status_code) == (201, 201)
+        assert again.json() == first.json()
+        assert "Idempotent-Replayed" not in first.headers
+        assert again.headers["Idempotent-Replayed"] == "true"
+        assert leftovers(settings) == [f"datasets/{first.json()['id']}/original.csv"]
+
+    def test_two_at_once_are_one_dataset(self, client: TestClient, settings: Settings) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: self.send(client).json(), range(4)))
+        assert len({answer["id"] for answer in answers}) == 1
+        assert len(leftovers(settings)) == 1
+
+    def test_another_file_or_other_options_are_refused(self, client: TestClient) -> None:
+        self.send(client)
+        for refused in (self.send(client, CSV_TABLE * 2), self.send(client, name="b")):
+            assert refused.status_code == 422
+            assert refused.json()["errors"][0]["pointer"] == "header.Idempotency-Key"
+
+    def test_a_deleted_dataset_does_not_come_back(
+        self, client: TestClient, settings: Settings
+    ) -> None:
+        client.delete(self.send(client).json()["links"]["self"])
+        assert self.send(client).status_code == 409
+        assert leftovers(settings) == []
+
+    def test_a_file_is_found_by_its_sha256(self, client: TestClient) -> None:
+        made = [upload(client).json(), upload(client, name="b.csv").json()]
+        upload(client, CSV_TABLE * 2)
+        found = client.get("/v1/datasets", params={"sha256": made[0]["sha256"]}).json()["data"]
+        assert [each["id"] for each in found] == [made[1]["id"], made[0]["id"]]
+        assert client.get("/v1/datasets", params={"sha256": "0" * 64}).json()["data"] == []
+        assert client.get("/v1/datasets", params={"sha256": "abc"}).status_code == 422
 
 
 class TestDelete:

@@ -7,11 +7,18 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import uvicorn
+from celery import Celery
+from sqlalchemy import Engine
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
+from winnow import Client
+
+from app.keys.service import create_key
+from app.main import create_app
+from app.settings import Settings
 
 
 class ScriptedService:
@@ -96,3 +103,21 @@ def forgetful() -> Iterator[ForgetfulService]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.fixture
+def url(settings: Settings, engine: Engine, celery: Celery) -> Iterator[str]:
+    """The real application on the real servers."""
+    with serving(create_app(settings, engine, celery)) as address:
+        yield address
+
+
+@pytest.fixture
+def api_key(engine: Engine) -> str:
+    return create_key(engine, tenant="default", name="test", valid_days=1).secret
+
+
+@pytest.fixture
+def client(url: str, api_key: str) -> Iterator[Client]:
+    with Client(url, api_key, attempts=2) as client:
+        yield client

@@ -1,12 +1,10 @@
 """The client against the real application on the real servers, over HTTP."""
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from celery import Celery
 from sqlalchemy import Engine
 from winnow import (
     AuditRequest,
@@ -23,10 +21,7 @@ from winnow import (
 from app.audits.folders import audit_folder
 from app.audits.models import AuditState
 from app.catalogue import AGGREGATIONS, ESTIMATORS
-from app.keys.service import create_key
-from app.main import create_app
 from app.settings import Settings
-from tests.client.conftest import serving
 from tests.factories import (
     CSV_TABLE,
     GROUPS,
@@ -36,19 +31,6 @@ from tests.factories import (
     make_ranking,
     request_body,
 )
-
-
-@pytest.fixture
-def url(settings: Settings, engine: Engine, celery: Celery) -> Iterator[str]:
-    with serving(create_app(settings, engine, celery)) as address:
-        yield address
-
-
-@pytest.fixture
-def client(url: str, engine: Engine) -> Iterator[Client]:
-    key = create_key(engine, tenant="default", name="test", valid_days=1)
-    with Client(url, key.secret, attempts=2) as client:
-        yield client
 
 
 def test_an_upload_becomes_a_reference(client: Client, tmp_path: Path) -> None:

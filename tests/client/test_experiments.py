@@ -1,10 +1,8 @@
 """The client's calls about experiments, against the real application over HTTP."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from celery import Celery
 from sqlalchemy import Engine
 from winnow import (
     Client,
@@ -19,10 +17,6 @@ from winnow import (
 )
 
 from app.audits.models import AuditState
-from app.keys.service import create_key
-from app.main import create_app
-from app.settings import Settings
-from tests.client.conftest import serving
 from tests.factories import experiment_body, finish_experiment
 
 REQUEST = ExperimentRequest(
@@ -38,16 +32,6 @@ REQUEST = ExperimentRequest(
     seeds=[0, 1],
     verify=ExperimentVerify(fraction=0.2),
 )
-
-
-@pytest.fixture
-def client(settings: Settings, engine: Engine, celery: Celery) -> Iterator[Client]:
-    key = create_key(engine, tenant="default", name="test", valid_days=1)
-    with (
-        serving(create_app(settings, engine, celery)) as url,
-        Client(url, key.secret, attempts=2) as client,
-    ):
-        yield client
 
 
 def test_from_the_request_to_the_tables(client: Client, engine: Engine, tmp_path: Path) -> None:

@@ -1,24 +1,19 @@
 """The calls about experiments."""
 
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from winnow.connection import Connection, parse
+from winnow.calls.base import Calls, once, path_of
 from winnow.requests import ExperimentRequest
-from winnow.results import Experiment, ExperimentPage, ExperimentResults
+from winnow.results import Experiment, ExperimentResults, Page
 from winnow.waiting import wait_until_done
 
 
-class Experiments:
+class ExperimentCalls(Calls):
     """Compare estimators, layer groups and aggregations over tasks and seeds, in one request."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def submit(
+    async def submit(
         self, request: ExperimentRequest | Mapping[str, Any], *, idempotency_key: str | None = None
     ) -> Experiment:
         """Submit an experiment; it is accepted for good, with all its audits, when this returns.
@@ -29,32 +24,26 @@ class Experiments:
                 one call.
         """
         body = request.body() if isinstance(request, ExperimentRequest) else dict(request)
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        response = self._connection.call("POST", "/v1/experiments", json=body, headers=headers)
-        return parse(Experiment, response)
+        headers = once(idempotency_key)
+        return await self._connection.ask(
+            Experiment, "POST", path_of("experiments"), json=body, headers=headers
+        )
 
-    def get(self, experiment_id: str) -> Experiment:
+    async def get(self, experiment_id: str) -> Experiment:
         """Return an experiment and where it stands."""
-        return parse(Experiment, self._connection.call("GET", _path(experiment_id)))
+        return await self._connection.ask(Experiment, "GET", path_of("experiments", experiment_id))
 
-    def list(self, *, page_size: int = 100) -> Iterator[Experiment]:
+    def list(self, *, page_size: int = 100) -> AsyncGenerator[Experiment, None]:
         """Yield your experiments, the newest first."""
-        params: dict[str, Any] = {"limit": page_size}
-        while True:
-            response = self._connection.call("GET", "/v1/experiments", params=params)
-            page = parse(ExperimentPage, response)
-            yield from page.data
-            if page.next_cursor is None:
-                return
-            params["cursor"] = page.next_cursor
+        return self._pages(Page[Experiment], path_of("experiments"), {"limit": page_size})
 
-    def wait(
+    async def wait(
         self,
         experiment_id: str,
         *,
         progress: Callable[[Experiment], None] | None = None,
         poll_seconds: float | None = None,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109  of the experiment
     ) -> Experiment:
         """Return an experiment when all its audits have ended: look at its `state`.
 
@@ -67,36 +56,33 @@ class Experiments:
         Raises:
             NotDoneInTime: the timeout passed; the experiment goes on.
         """
-        return wait_until_done(
+        return await wait_until_done(
             self._connection,
             Experiment,
-            _path(experiment_id),
+            path_of("experiments", experiment_id),
             progress=progress,
             poll_seconds=poll_seconds,
             timeout=timeout,
         )
 
-    def results(self, experiment_id: str) -> ExperimentResults:
+    async def results(self, experiment_id: str) -> ExperimentResults:
         """Return the tables, once every audit has ended; of what there is if some have failed."""
-        return parse(
-            ExperimentResults, self._connection.call("GET", _path(experiment_id, "results"))
-        )
+        path = path_of("experiments", experiment_id, "results")
+        return await self._connection.ask(ExperimentResults, "GET", path)
 
-    def download(self, experiment_id: str, path: Path | str) -> Path:
+    async def download(self, experiment_id: str, path: Path | str) -> Path:
         """Save a line for every configuration and baseline of every audit as CSV."""
         path = Path(path)
-        response = self._connection.call("GET", _path(experiment_id, "results.csv"))
+        source = path_of("experiments", experiment_id, "results.csv")
+        response = await self._connection.call("GET", source)
         path.write_bytes(response.content)
         return path
 
-    def cancel(self, experiment_id: str) -> Experiment:
+    async def cancel(self, experiment_id: str) -> Experiment:
         """Ask all its audits that have not ended to stop; they do within seconds."""
-        return parse(Experiment, self._connection.call("POST", _path(experiment_id, "cancel")))
+        path = path_of("experiments", experiment_id, "cancel")
+        return await self._connection.ask(Experiment, "POST", path)
 
-    def delete(self, experiment_id: str) -> None:
+    async def delete(self, experiment_id: str) -> None:
         """Remove an ended experiment with its audits."""
-        self._connection.call("DELETE", _path(experiment_id))
-
-
-def _path(experiment_id: str, *rest: str) -> str:
-    return "/".join(["/v1/experiments", quote(experiment_id, safe=""), *rest])
+        await self._delete(path_of("experiments", experiment_id))

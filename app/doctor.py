@@ -1,0 +1,179 @@
+"""What `winnow doctor` looks at where the service is installed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.util import find_spec
+
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from packaging.requirements import Requirement
+from pydantic import ValidationError
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+from winnow.commands.findings import Finding
+
+from app.db import make_engine
+from app.health import LEAST_FREE_BYTES, check_broker, check_storage, check_worker
+from app.jobs import make_celery
+from app.migrate import alembic_config
+from app.settings import Settings
+from app.verbs import explain
+
+ENOUGH_FREE_BYTES = 10 * 1024**3  # a gradient cache may take twice as much, an upload a fifth
+TORCH_SECONDS = 120.0
+SHOWN = ("torch", "transformers", "peft", "celery", "sqlalchemy", "fastapi")
+
+_LOOK_AT_TORCH = """
+import json, torch
+found = {"version": torch.__version__, "built_for": torch.version.cuda, "names": []}
+if torch.cuda.is_available():
+    for index in range(torch.cuda.device_count()):
+        size = torch.cuda.get_device_properties(index).total_memory / 1024**3
+        found["names"].append(f"{torch.cuda.get_device_name(index)} ({size:.0f} GiB)")
+print(json.dumps(found))
+"""
+
+
+def look_around() -> Iterator[Finding]:
+    """Yield what is found here: libraries, GPU, disk and, where they are set, the servers."""
+    yield check_libraries()
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        yield Finding("settings", "fail", explain(error), "Correct these environment variables.")
+        return
+    yield check_gpu(settings)
+    yield check_disk(settings)
+    if settings.database_url is None:
+        yield Finding(
+            "settings",
+            "ok",
+            "WINNOW_DATABASE_URL is not set here: `winnow serve` brings its own database and "
+            "broker, and its API tells of them.",
+        )
+        return
+    yield from check_servers(settings)
+
+
+def check_libraries() -> Finding:
+    """Compare what is installed with what this version asks for."""
+    extras = ["", "worker"] if find_spec("torch") else [""]
+    wrong = []
+    for line in metadata.requires("winnow") or []:
+        requirement = Requirement(line)
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        try:
+            found = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} is {found}, not {requirement.specifier}")
+    if wrong:
+        advice = f"{sys.executable} -m pip install --upgrade 'winnow[worker]'"
+        return Finding("libraries", "fail", "; ".join(wrong) + ".", advice)
+    names = [name for name in SHOWN if find_spec(name)]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    return Finding("libraries", "ok", f"Python {sys.version.split()[0]}, {versions}.")
+
+
+def check_gpu(settings: Settings) -> Finding:
+    """Look, in a process of its own, at what torch can compute on."""
+    if find_spec("torch") is None:
+        return Finding(
+            "gpu",
+            "warn",
+            "There is no torch: the API runs here, workers do not.",
+            "For workers: pip install 'winnow[worker]'",
+        )
+    try:
+        done = subprocess.run(  # noqa: S603  our own program
+            [sys.executable, "-c", _LOOK_AT_TORCH],
+            capture_output=True,
+            text=True,
+            timeout=TORCH_SECONDS,
+            check=True,
+        )
+        found = json.loads(done.stdout)
+    except (subprocess.SubprocessError, ValueError) as error:
+        last = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
+        return Finding("gpu", "fail", f"torch cannot be used: {last}", "Install torch anew.")
+    if found["names"]:
+        return Finding("gpu", "ok", f"{', '.join(found['names'])}, CUDA {found['built_for']}.")
+    has_driver = shutil.which("nvidia-smi") is not None
+    built = f"torch {found['version']}"
+    if settings.device == "cuda" or has_driver:
+        return Finding(
+            "gpu",
+            "fail" if settings.device == "cuda" else "warn",
+            f"{built} sees no GPU"
+            + (", though there is an NVIDIA driver." if has_driver else " (WINNOW_DEVICE=cuda)."),
+            "Install a build of torch for the driver's CUDA (https://pytorch.org), or set "
+            "WINNOW_DEVICE=cpu.",
+        )
+    return Finding("gpu", "ok", f"No GPU; workers compute on the CPU ({built}).")
+
+
+def check_disk(settings: Settings) -> Finding:
+    """Look at the data directory, or at where it will be made."""
+    folder = settings.data_dir
+    if not folder.exists():
+        return Finding(
+            "disk",
+            "ok" if settings.database_url is None else "fail",
+            f"{folder} is not there yet.",
+            "`winnow serve` makes it; for `winnow api` and `winnow worker` make a folder that all "
+            "of them share, and name it in WINNOW_DATA_DIR.",
+        )
+    check = check_storage(settings)
+    free = shutil.disk_usage(folder).free
+    if check.ok and free < ENOUGH_FREE_BYTES:
+        advice = "Delete audits or datasets, or add room, before large audits need it."
+        return Finding("disk", "warn", f"{folder}: {check.detail}", advice)
+    advice = f"It needs {LEAST_FREE_BYTES / 1024**2:.0f} MiB, and a user who may write there."
+    return Finding(
+        "disk",
+        "ok" if check.ok else "fail",
+        f"{folder}: {check.detail}",
+        None if check.ok else advice,
+    )
+
+
+def check_servers(settings: Settings) -> Iterator[Finding]:
+    """Ask database, broker and, in the database, for the workers."""
+    engine = make_engine(settings.require_database_url())
+    try:
+        yield _check_database(engine)
+        if settings.broker_url is None:
+            advice = "Set it to a Redis or Valkey address, redis://host:6379/0."
+            yield Finding("broker", "fail", "WINNOW_BROKER_URL is not set.", advice)
+        else:
+            broker = check_broker(make_celery(settings))
+            yield Finding("broker", "ok" if broker.ok else "fail", broker.detail)
+        workers = check_worker(engine, settings)
+        yield Finding("workers", "ok" if workers.ok else "fail", workers.detail)
+    finally:
+        engine.dispose()
+
+
+def _check_database(engine: Engine) -> Finding:
+    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    try:
+        with engine.connect() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        advice = "Start PostgreSQL, or correct WINNOW_DATABASE_URL."
+        return Finding("database", "fail", f"It cannot be reached: {reason}", advice)
+    if current != head:
+        has = f"It has the schema {current}" if current else "It has no tables"
+        return Finding(
+            "database", "fail", f"{has}; this version needs {head}.", "Run `winnow migrate`."
+        )
+    return Finding("database", "ok", f"It answers and has the schema {head}.")

@@ -1,0 +1,1 @@
+"""The calls of the API, each written once, as coroutines over a connection."""

@@ -1,0 +1,84 @@
+"""Answers about what reviewers decided."""
+
+from datetime import datetime
+
+from winnow.results.base import Result
+
+
+class Decision(Result):
+    """What was decided about a sample: its action, with the new label or completion of an edit."""
+
+    action: str
+    label: str | None
+    text: str | None
+    reviewer: str | None
+    decided_at: datetime
+    version: int
+
+
+class DecisionBatch(Result):
+    """Decisions that were made in one call, and are undone in one.
+
+    `decision_version` goes into `as_of` of the next call. `num_skipped` counts samples that could
+    not be decided so, or, after an undo, those that were decided again since.
+    """
+
+    id: str
+    action: str
+    num_samples: int
+    num_changed: int
+    num_skipped: int = 0
+    reviewer: str | None
+    created_at: datetime
+    undone_at: datetime | None
+    decision_version: int
+
+
+class DecisionPreview(Result):
+    """How many samples a call would decide, without deciding them."""
+
+    num_samples: int
+    num_skipped: int
+    num_conflicts: int
+    decision_version: int
+
+
+class PrecisionAt(Result):
+    """How many of the decided samples among the `k` most suspect were wrong."""
+
+    k: int
+    num_decided: int
+    num_wrong: int
+    precision: float | None
+
+
+class Precision(Result):
+    """How good the ranking is, by the decisions so far."""
+
+    at: list[PrecisionAt]
+
+
+class LabelPair(Result):
+    """How many samples with a given label have a suggested one."""
+
+    given_label: str | None
+    suggested_label: str | None
+    count: int
+
+
+class ScoreHistogram(Result):
+    """How the scores are spread: one more edge than there are counts."""
+
+    edges: list[float]
+    counts: list[int]
+    flagged_counts: list[int]
+
+
+class SuspectSummary(Result):
+    """What a filter of the suspects matches, counted."""
+
+    num_matching: int
+    num_undecided: int
+    matrix: list[LabelPair]
+    by_decision: dict[str, int]
+    histogram: ScoreHistogram
