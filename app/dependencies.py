@@ -9,6 +9,7 @@ from sqlalchemy import Engine
 
 from app.errors import NotAuthenticated
 from app.jobs import Sender
+from app.keys.cookie import KEY_COOKIE, refuse_other_sites
 from app.keys.service import tenant_of
 from app.settings import Settings
 
@@ -42,15 +43,19 @@ SettingsDep = Annotated[Settings, Depends(_settings)]
 
 
 def _tenant(
+    request: Request,
     engine: EngineDep,
     settings: SettingsDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> str:
     if not settings.require_keys:
         return DEFAULT_TENANT
-    if credentials is None:
+    secret = credentials.credentials if credentials else request.cookies.get(KEY_COOKIE)
+    if secret is None:
         raise NotAuthenticated("Send your API key as 'Authorization: Bearer wnw_…'.")
-    tenant = tenant_of(engine, credentials.credentials)
+    if credentials is None:
+        refuse_other_sites(request)
+    tenant = tenant_of(engine, secret)
     if tenant is None:
         raise NotAuthenticated(
             "This API key is unknown, revoked or over its date. `winnow keys create` makes one."

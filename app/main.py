@@ -19,6 +19,10 @@ from app.jobs import Sender, make_celery
 from app.middleware import BodyLimit, LoopbackOnly, RequestContext
 from app.settings import Settings
 from app.version import VERSION
+from app.web import report_routes
+from app.web import routes as page_routes
+from app.web.queries import CountsCache
+from app.web.rendering import OwnFiles
 from app.work.reconciler import Reconciler
 
 DESCRIPTION = """\
@@ -87,16 +91,20 @@ def create_app(
     api.state.engine = the_engine
     api.state.celery = the_celery
     api.state.sender = Sender(the_engine, the_celery)
+    api.state.counts = CountsCache()
     api.include_router(health.router)
     for router in (
         audit_routes.router,
         audit_routes.results_router,
         ranking_routes.router,
+        report_routes.router,
         experiment_routes.router,
         dataset_routes.router,
         catalogue_routes.router,
     ):
         api.include_router(router, responses=problem_responses(NotAuthenticated, InvalidRequest))
+    api.include_router(page_routes.router)
+    api.mount("/static", OwnFiles(), name="static")
     # The last one added is the outermost.
     api.add_middleware(BodyLimit, settings=settings)
     if not settings.require_keys:
