@@ -1,7 +1,6 @@
 """What the pages count in a ranking. A finished ranking never changes, so counts are kept."""
 
 import math
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from sqlalchemy import ARRAY, Double, Integer, cast, func, select
 from sqlalchemy.orm import Session
 
+from app.audits.filters import as_stored
 from app.audits.models import Audit, RankedSample, Ranking, TrainingSample
 from app.web.pictures import Curve, Histogram
 
@@ -87,8 +87,9 @@ def _histogram(session: Session, ranking: Ranking) -> Histogram:
     low, high = session.execute(extent).one()
     if low is None:
         return Histogram([0.0, 0.0], [0], [0])
+    low, high = as_stored(low), as_stored(high)  # the driver reads 32 bits by their decimals
     width = (high - low) / NUM_BINS
-    inner = (_as_stored(low + width * place) for place in range(1, NUM_BINS))
+    inner = (as_stored(low + width * place) for place in range(1, NUM_BINS))
     edges = list(dict.fromkeys((low, *inner, high))) if high > low else [low, high]
     # PostgreSQL gives an edge to the bin above, so each is moved by the least step there is
     limits = [math.nextafter(edge, math.inf) for edge in edges[1:]]
@@ -102,11 +103,6 @@ def _histogram(session: Session, ranking: Ranking) -> Histogram:
     for bin_, number, num_flagged in session.execute(statement):
         counts[bin_], flagged_counts[bin_] = number, num_flagged
     return Histogram(edges, counts, flagged_counts)
-
-
-def _as_stored(value: float) -> float:
-    stored: float = struct.unpack("f", struct.pack("f", value))[0]
-    return stored
 
 
 def _pairs(session: Session, ranking: Ranking) -> dict[LabelPair, int]:
