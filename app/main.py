@@ -13,6 +13,7 @@ from app.audits import ranking_routes
 from app.audits import routes as audit_routes
 from app.datasets import routes as dataset_routes
 from app.db import make_engine
+from app.decisions import routes as decision_routes
 from app.errors import InvalidRequest, NotAuthenticated, install_error_handlers, problem_responses
 from app.experiments import routes as experiment_routes
 from app.jobs import Sender, make_celery
@@ -45,6 +46,7 @@ TAGS = [
     {"name": "audits", "description": "Submit an audit and follow it."},
     {"name": "results", "description": "What a finished audit found; the lowest score is suspect."},
     {"name": "rankings", "description": "Further rankings of a finished audit, in seconds."},
+    {"name": "decisions", "description": "What reviewers decide on samples, one or all of them."},
     {
         "name": "experiments",
         "description": "Compare estimators, layer groups and aggregations over tasks and seeds.",
@@ -98,6 +100,7 @@ def create_app(
         audit_routes.results_router,
         ranking_routes.router,
         report_routes.router,
+        decision_routes.router,
         experiment_routes.router,
         dataset_routes.router,
         catalogue_routes.router,

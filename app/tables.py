@@ -9,6 +9,7 @@ from app.audits.models import (
     ValidationSample,
 )
 from app.datasets.models import Dataset
+from app.decisions.models import Decision, DecisionBatch, DecisionChange
 from app.experiments.models import Experiment
 from app.keys.models import ApiKey
 from app.work.models import WorkerHeartbeat, WorkUnit
@@ -17,6 +18,9 @@ __all__ = [
     "ApiKey",
     "Audit",
     "Dataset",
+    "Decision",
+    "DecisionBatch",
+    "DecisionChange",
     "Experiment",
     "IdempotencyKey",
     "RankedSample",
