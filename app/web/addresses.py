@@ -29,9 +29,7 @@ def read_filter(query: QueryParams) -> tuple[SuspectFilter, Place, dict[str, str
 def _read(kind: type[Part], query: QueryParams) -> tuple[Part, dict[str, str]]:
     # a form without scripts sends every field: an empty one says nothing
     said: dict[str, Any] = {
-        name: value
-        for name, value in query.items()
-        if name in kind.model_fields and value.strip()
+        name: value for name, value in query.items() if name in kind.model_fields and value.strip()
     }
     if "decision" in said:
         said["decision"] = [value for value in query.getlist("decision") if value.strip()]

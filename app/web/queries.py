@@ -109,9 +109,7 @@ def _pairs(session: Session, ranking: Ranking) -> dict[LabelPair, int]:
     given, suggested = RankedSample.given_label, RankedSample.suggested_label
     statement = (
         select(given, suggested, func.count())
-        .where(
-            RankedSample.ranking_id == ranking.id, given.is_not(None), suggested.is_not(None)
-        )
+        .where(RankedSample.ranking_id == ranking.id, given.is_not(None), suggested.is_not(None))
         .group_by(given, suggested)
     )
     return {
@@ -147,9 +145,7 @@ def _curve(session: Session, ranking: Ranking, *, num_samples: int) -> Curve | N
     return Curve(sums)
 
 
-def _agreement(
-    session: Session, ranking: Ranking, *, num_samples: int
-) -> dict[str, float | None]:
+def _agreement(session: Session, ranking: Ranking, *, num_samples: int) -> dict[str, float | None]:
     groups = ranking.summary["group_order"]
     every = max(1, num_samples // MAX_COMPARED)
     columns = [

@@ -15,6 +15,7 @@ from sqlalchemy import Engine
 
 from app.main import create_app
 from app.settings import Settings
+from tests.app.conftest import api, client, new_client  # noqa: F401  fixtures
 
 NO_BROWSER = (
     "no chromium is installed: apt-get install --no-install-recommends chromium, or make CHROMIUM "
@@ -51,7 +52,9 @@ def served(settings: Settings, engine: Engine, celery: Celery) -> Iterator[str]:
 
 def chromium() -> str | None:
     """Return where Debian's chromium is."""
-    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    return (
+        os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -84,9 +87,9 @@ def watched(context: BrowserContext) -> Watched:
     watched.page.on("pageerror", lambda error: watched.complaints.append(str(error)))
     watched.page.on(
         "console",
-        lambda message: watched.complaints.append(message.text)
-        if message.type == "error"
-        else None,
+        lambda message: (
+            watched.complaints.append(message.text) if message.type == "error" else None
+        ),
     )
     watched.page.set_default_timeout(10_000)
     return watched

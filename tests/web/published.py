@@ -226,7 +226,9 @@ def _summary(
             "estimator": estimator,
             "aggregation": aggregation,
             "correct_only": False,
-            "detection": detection(score_T + 0.4 * torch.randn(len(score_T), generator=draw), is_noisy_T),
+            "detection": detection(
+                score_T + 0.4 * torch.randn(len(score_T), generator=draw), is_noisy_T
+            ),
         }
         for estimator in ESTIMATORS
         for group, score_T in scores.items()

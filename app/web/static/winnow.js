@@ -441,9 +441,14 @@ class Review {
   }
 
   askConflict(error, decision, onDone) {
-    this.ask("Somebody else decided too", error.message, "", [
+    const { num_conflicts: number, conflicts, decision_version: asOf } = error.problem;
+    const names = [...new Set(conflicts.map((each) => each.reviewer))].join(", ");
+    const places = conflicts.map((each) => each.index).join(", ");
+    const text = `${names} decided ${samples(number)} of yours since this page was loaded: row ${places}`
+      + `${number > conflicts.length ? ", …" : ""}. Nothing of yours was stored.`;
+    this.ask("Somebody else decided too", text, "", [
       ["Leave it", () => {}],
-      ["Decide anyway", () => this.send(decision, { onDone, asOf: null })],
+      ["Decide anyway", () => this.send(decision, { onDone, asOf })],
       ["Reload theirs", () => attempt(() => this.refresh()), "primary"],
     ]);
   }
@@ -534,7 +539,7 @@ class Review {
       },
     });
     const go = found.num_conflicts
-      ? [["Reload theirs", () => attempt(() => this.refresh())], ["Decide anyway", () => send(null), "primary"]]
+      ? [["Reload theirs", () => attempt(() => this.refresh())], ["Decide anyway", () => send(found.decision_version), "primary"]]
       : [[`Decide ${samples(found.num_samples - found.num_skipped)}`, () => send(this.version), "primary"]];
     this.ask("Decide the whole filter", `${samples(found.num_samples - found.num_skipped)} will ${verbs[action]}.${skipped}`,
       warning, [["Cancel", () => {}], ...go]);
