@@ -1,4 +1,4 @@
-"""Who looks at a page: an API key in a cookie, and proof that a change comes from a page of ours."""
+"""An API key in a cookie, and proof that a change comes from a page of ours."""
 
 from urllib.parse import urlsplit
 

@@ -134,7 +134,7 @@ def _curve(session: Session, ranking: Ranking, *, num_samples: int) -> Curve | N
         .where(RankedSample.ranking_id == ranking.id, TrainingSample.is_noisy.is_(True))
         .group_by(step)
     )
-    by_step = {place: number for place, number in session.execute(statement)}
+    by_step = {row[0]: row[1] for row in session.execute(statement)}
     num_noisy = sum(by_step.values())
     if not num_noisy:
         return None

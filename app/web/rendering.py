@@ -73,7 +73,7 @@ def page(
     *,
     status: int = HTTPStatus.OK,
     headers: dict[str, str] | None = None,
-    **values: Any,
+    **values: object,
 ) -> HTMLResponse:
     """Return a page, or a part of one."""
     settings = request.app.state.settings

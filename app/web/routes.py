@@ -122,13 +122,14 @@ def review_part(
 
 @router.get("/audits/{audit_id}/samples/{index}")
 def sample_page(
+    *,
     request: Request,
     engine: EngineDep,
     tenant: TenantDep,
     audit_id: AuditId,
     index: SampleIndex,
     ranking_id: RankingChoice = None,
-    part: Annotated[bool, Query()] = False,  # noqa: FBT002  a parameter of the address
+    part: Annotated[bool, Query()] = False,
 ) -> Response:
     """Explain one sample: as a page, or as the part that the table opens below its row."""
     with Session(engine) as session:

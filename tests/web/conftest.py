@@ -52,9 +52,7 @@ def served(settings: Settings, engine: Engine, celery: Celery) -> Iterator[str]:
 
 def chromium() -> str | None:
     """Return where Debian's chromium is."""
-    return (
-        os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    )
+    return os.environ.get("CHROMIUM") or shutil.which("chromium")
 
 
 @pytest.fixture(scope="session")

@@ -226,9 +226,7 @@ def _summary(
             "estimator": estimator,
             "aggregation": aggregation,
             "correct_only": False,
-            "detection": detection(
-                score_T + 0.4 * torch.randn(len(score_T), generator=draw), is_noisy_T
-            ),
+            "detection": detection(_blurred(score_T, draw), is_noisy_T),
         }
         for estimator in ESTIMATORS
         for group, score_T in scores.items()
@@ -288,3 +286,7 @@ def _summary(
             "configurations": best,
         },
     }
+
+
+def _blurred(score_T: Tensor, draw: torch.Generator) -> Tensor:
+    return score_T + 0.4 * torch.randn(len(score_T), generator=draw)

@@ -419,11 +419,18 @@ class Review {
     });
   }
 
-  async send(decision, { onDone, asOf = this.version } = {}) {
+  // One after the other, in the order of the keys: undo comes behind what it undoes.
+  inTurn(run) {
+    this.turn = (this.turn || Promise.resolve()).then(run);
+    return this.turn;
+  }
+
+  async send(decision, { onDone, onSend = () => {}, asOf = this.version }) {
     const reviewer = await this.reviewer();
     if (reviewer === null) return undefined;
+    onSend();
     const headers = { "Idempotency-Key": newKey() }; // tried again, it does not act twice
-    return attempt(async () => {
+    return this.inTurn(() => attempt(async () => {
       let batch;
       try {
         batch = await call(`${this.path}/decisions`, {
@@ -437,7 +444,7 @@ class Review {
       this.remember(batch.id);
       await onDone(batch);
       return batch;
-    });
+    }));
   }
 
   askConflict(error, decision, onDone) {
@@ -478,17 +485,18 @@ class Review {
     if (action === "accept" && !row.dataset.suggested) return say("This sample has no suggested label. Edit it instead.");
     const pressed = $(`[data-act="${action}"][aria-pressed="true"]`, row);
     if (pressed && action !== "edit") action = "clear";
-    row.classList.add("is-waiting");
-    const wasCurrent = row === this.current;
+    const onSend = () => {
+      row.classList.add("is-waiting");
+      if (row === this.current && action !== "clear" && !$(".evidence", this.root)) this.move(1);
+    };
     const onDone = (batch) => {
       for (const button of $$("[data-act]", row)) button.setAttribute("aria-pressed", String(button.dataset.act === action));
       const value = action === "accept" ? row.dataset.suggested : extra.label || extra.text || "";
       const who = batch.reviewer || (this.nameInput && this.nameInput.value) || "";
       $("[data-who]", row).textContent = action === "clear" ? "" : [value, who, "just now"].filter(Boolean).join(" · ");
       this.freshenReview();
-      if (wasCurrent && row === this.current && action !== "clear" && !$(".evidence", row.parentElement)) this.move(1);
     };
-    return this.send({ action, indices: [Number(row.dataset.index)], ...extra }, { onDone })
+    return this.send({ action, indices: [Number(row.dataset.index)], ...extra }, { onDone, onSend })
       .finally(() => row.classList.remove("is-waiting"));
   }
 
@@ -546,12 +554,15 @@ class Review {
   }
 
   async undo(batchId) {
+    const reviewer = await this.reviewer();
+    if (reviewer !== null) await this.inTurn(() => this.takeBack(batchId, reviewer));
+  }
+
+  async takeBack(batchId, reviewer) {
     const stack = JSON.parse(sessionStorage.getItem(this.undoKey) || "[]");
     const id = batchId || stack.at(-1);
     if (!id) return say("There is nothing to undo: you decided nothing in this tab.");
     const forget = () => sessionStorage.setItem(this.undoKey, JSON.stringify(stack.filter((each) => each !== id)));
-    const reviewer = await this.reviewer();
-    if (reviewer === null) return;
     await attempt(async () => {
       try {
         const batch = await call(`${this.path}/decisions/${id}/undo`, { method: "POST", json: { reviewer } });
