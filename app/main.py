@@ -16,6 +16,7 @@ from app.db import make_engine
 from app.decisions import routes as decision_routes
 from app.errors import InvalidRequest, NotAuthenticated, install_error_handlers, problem_responses
 from app.experiments import routes as experiment_routes
+from app.exports import routes as export_routes
 from app.jobs import Sender, make_celery
 from app.middleware import BodyLimit, LoopbackOnly, RequestContext
 from app.settings import Settings
@@ -101,6 +102,7 @@ def create_app(
         ranking_routes.router,
         report_routes.router,
         decision_routes.router,
+        export_routes.router,
         experiment_routes.router,
         dataset_routes.router,
         catalogue_routes.router,

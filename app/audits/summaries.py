@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy import Double, Integer, case, cast, func, literal, select, tuple_
 from sqlalchemy.orm import Session
 
-from app.audits.filters import SuspectFilter, matching
+from app.audits.filters import SuspectFilter, as_stored, matching
 from app.audits.models import RankedSample, Ranking
 from app.decisions.models import Action, Decision
 
@@ -113,4 +113,4 @@ def _range(session: Session, ranking: Ranking) -> tuple[float, float]:
     )
     low = session.scalars(scores.order_by(score).limit(1)).first()
     high = session.scalars(scores.order_by(score.desc()).limit(1)).first()
-    return (0.0, 0.0) if low is None or high is None else (low, high)
+    return (0.0, 0.0) if low is None or high is None else (as_stored(low), as_stored(high))
