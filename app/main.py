@@ -13,14 +13,20 @@ from app.audits import ranking_routes
 from app.audits import routes as audit_routes
 from app.datasets import routes as dataset_routes
 from app.db import make_engine
+from app.decisions import routes as decision_routes
 from app.errors import InvalidRequest, NotAuthenticated, install_error_handlers, problem_responses
 from app.experiments import routes as experiment_routes
+from app.exports import routes as export_routes
 from app.jobs import Sender, make_celery
 from app.live.events import install_end_of_streams
 from app.live.watcher import Watcher
 from app.middleware import BodyLimit, LoopbackOnly, RequestContext
 from app.settings import Settings
 from app.version import VERSION
+from app.web import report_routes
+from app.web import routes as page_routes
+from app.web.queries import CountsCache
+from app.web.rendering import OwnFiles
 from app.webhooks import routes as webhook_routes
 from app.webhooks.sender import WebhookSender
 from app.work.reconciler import Reconciler
@@ -45,6 +51,7 @@ TAGS = [
     {"name": "audits", "description": "Submit an audit and follow it."},
     {"name": "results", "description": "What a finished audit found; the lowest score is suspect."},
     {"name": "rankings", "description": "Further rankings of a finished audit, in seconds."},
+    {"name": "decisions", "description": "What reviewers decide on samples, one or all of them."},
     {
         "name": "experiments",
         "description": "Compare estimators, layer groups and aggregations over tasks and seeds.",
@@ -96,17 +103,23 @@ def create_app(
     api.state.celery = the_celery
     api.state.sender = Sender(the_engine, the_celery)
     api.state.watcher = Watcher(the_engine)
+    api.state.counts = CountsCache()
     api.include_router(health.router)
     for router in (
         audit_routes.router,
         audit_routes.results_router,
         ranking_routes.router,
+        report_routes.router,
+        decision_routes.router,
+        export_routes.router,
         experiment_routes.router,
         dataset_routes.router,
         webhook_routes.router,
         catalogue_routes.router,
     ):
         api.include_router(router, responses=problem_responses(NotAuthenticated, InvalidRequest))
+    api.include_router(page_routes.router)
+    api.mount("/static", OwnFiles(), name="static")
     # The last one added is the outermost.
     api.add_middleware(BodyLimit, settings=settings)
     if not settings.require_keys:

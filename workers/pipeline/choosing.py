@@ -35,6 +35,8 @@ _SURE = 4.0
 # A fresh copy with a wrong target is easy for these, real noise that was trained on is not.
 FLATTERED = frozenset({EstimatorName.LOSS, EstimatorName.SELF_INFLUENCE})
 _TIED = 1e-9  # rounding
+# What tells the configurations of one audit apart.
+_PLACE = frozenset({"estimator", "layers", "aggregation", "correct_only"})
 _NO_CANDIDATES = frozenset({EstimatorName.RANDOM, EstimatorName.ORACLE, EstimatorName.TRACIN})
 
 
@@ -142,6 +144,13 @@ def choose(context: StageContext, findings: Findings, ranking: RankingSpecificat
                 {**each.configuration.model_dump(mode="json"), **each.found}
                 for each in table[:NUM_RUNNERS_UP]
             ],
+            "measured": [
+                {
+                    **each.configuration.model_dump(mode="json", include=_PLACE),
+                    "auc_ndr": each.auc_ndr,
+                }
+                for each in table
+            ],
         },
     )
 
@@ -168,6 +177,7 @@ def _by_default(
             "works": False,
             "members": [told],
             "configurations": [],
+            "measured": [],
         },
     )
 
