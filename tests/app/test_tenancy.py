@@ -17,6 +17,7 @@ from app.experiments.models import Experiment
 from app.keys.models import ApiKey
 from app.keys.service import create_key, revoke_key
 from app.settings import Settings
+from app.webhooks.models import Webhook, WebhookDelivery
 from tests.factories import (
     CSV_TABLE,
     experiment_body,
@@ -31,6 +32,8 @@ from tests.factories import (
 
 PUBLIC = {"/healthz", "/readyz"}
 NOT_ABOUT_A_THING = {"/v1/estimators", "/v1/aggregations"}
+MAKES_THINGS = {("POST", path) for path in ("/v1/audits", "/v1/experiments", "/v1/webhooks")}
+WEBHOOK = {"url": "https://example.com/"}
 
 
 def routes(api: FastAPI) -> Iterator[tuple[str, str]]:
@@ -59,13 +62,18 @@ def owned(client: TestClient, engine: Engine, settings: Settings) -> list[dict[s
         {"audit_id": audit, "ranking_id": ranking, "dataset_id": dataset}
         for audit, ranking in things
     ]
+    webhook = client.post("/v1/webhooks", json=WEBHOOK).json()["id"]
+    delivery = client.post(f"/v1/webhooks/{webhook}/test").json()["id"]
+    shared = {"webhook_id": webhook, "delivery_id": delivery}
     names = [experiments[place % 2]["id"] for place in range(len(ids))]
-    return [each | {"experiment_id": name} for each, name in zip(ids, names, strict=True)]
+    return [each | shared | {"experiment_id": name} for each, name in zip(ids, names, strict=True)]
 
 
 def everything(engine: Engine) -> list[set[tuple[str, str]]]:
     with Session(engine) as session:
         rows = [(row.id, row.state) for row in (*session.query(Audit), *session.query(Ranking))]
+        rows += [(row.id, row.secret) for row in session.query(Webhook)]
+        rows += [(row.id, row.state) for row in session.query(WebhookDelivery)]
         things = [*session.query(Dataset), *session.query(Experiment)]
         return [set(rows), {(thing.id, "") for thing in things}]
 
@@ -75,6 +83,8 @@ def call(client: TestClient, method: str, path: str, ids: dict[str, str]) -> tup
     body = {"json": request_body()} if path == "/v1/audits" and method == "POST" else {}
     if path == "/v1/experiments" and method == "POST":
         body = {"json": experiment_body()}
+    if path == "/v1/webhooks" and method == "POST":
+        body = {"json": WEBHOOK}
     if path.endswith("/rankings") and method == "POST":
         body = {"json": {"estimator": "grad_cosine"}}
     response = client.request(method, url, **body)  # type: ignore[arg-type]
@@ -93,9 +103,9 @@ def test_a_stranger_walks_every_route_and_sees_nothing(
         (method, path, *call(stranger, method, path, ids))
         for ids in owned
         for method, path in routes(api)
-        if (method, path) not in {("POST", "/v1/audits"), ("POST", "/v1/experiments")}
+        if (method, path) not in MAKES_THINGS
     ]
-    assert len(walked) >= 3 * 22
+    assert len(walked) >= 3 * 33
     for method, path, status, text in walked:
         named = f"{method} {path}: {status} {text}"
         if "{" in path:
