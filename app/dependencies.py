@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 
 from app.errors import NotAuthenticated
 from app.jobs import Sender
-from app.keys.service import tenant_of
+from app.keys.service import Caller, caller_of
 from app.live.watcher import Watcher
 from app.settings import Settings
 
@@ -47,22 +47,29 @@ WatcherDep = Annotated[Watcher, Depends(_watcher)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 
 
-def _tenant(
+def _caller(
     engine: EngineDep,
     settings: SettingsDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> str:
+) -> Caller:
     if not settings.require_keys:
-        return DEFAULT_TENANT
+        return Caller(DEFAULT_TENANT)
     if credentials is None:
         raise NotAuthenticated("Send your API key as 'Authorization: Bearer wnw_…'.")
-    tenant = tenant_of(engine, credentials.credentials)
-    if tenant is None:
+    caller = caller_of(engine, credentials.credentials)
+    if caller is None:
         raise NotAuthenticated(
             "This API key is unknown, revoked or over its date. `winnow keys create` makes one."
         )
-    return tenant
+    return caller
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]
+
+
+def _tenant(caller: CallerDep) -> str:
+    return caller.tenant
 
 
 TenantDep = Annotated[str, Depends(_tenant)]
-"""Who calls: every query on audits, datasets and rankings is limited to this tenant."""
+"""Whose things count: every query on audits, datasets and rankings is limited to this tenant."""

@@ -13,8 +13,10 @@ from app.audits import ranking_routes
 from app.audits import routes as audit_routes
 from app.datasets import routes as dataset_routes
 from app.db import make_engine
+from app.decisions import routes as decision_routes
 from app.errors import InvalidRequest, NotAuthenticated, install_error_handlers, problem_responses
 from app.experiments import routes as experiment_routes
+from app.exports import routes as export_routes
 from app.jobs import Sender, make_celery
 from app.live.events import install_end_of_streams
 from app.live.watcher import Watcher
@@ -45,6 +47,7 @@ TAGS = [
     {"name": "audits", "description": "Submit an audit and follow it."},
     {"name": "results", "description": "What a finished audit found; the lowest score is suspect."},
     {"name": "rankings", "description": "Further rankings of a finished audit, in seconds."},
+    {"name": "decisions", "description": "What reviewers decide on samples, one or all of them."},
     {
         "name": "experiments",
         "description": "Compare estimators, layer groups and aggregations over tasks and seeds.",
@@ -101,6 +104,8 @@ def create_app(
         audit_routes.router,
         audit_routes.results_router,
         ranking_routes.router,
+        decision_routes.router,
+        export_routes.router,
         experiment_routes.router,
         dataset_routes.router,
         webhook_routes.router,

@@ -9,6 +9,7 @@ from app.audits.models import (
     ValidationSample,
 )
 from app.datasets.models import Dataset
+from app.decisions.models import Decision, DecisionBatch, DecisionChange
 from app.experiments.models import Experiment
 from app.keys.models import ApiKey
 from app.webhooks.models import Webhook, WebhookDelivery
@@ -18,6 +19,9 @@ __all__ = [
     "ApiKey",
     "Audit",
     "Dataset",
+    "Decision",
+    "DecisionBatch",
+    "DecisionChange",
     "Experiment",
     "IdempotencyKey",
     "RankedSample",

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from sqlalchemy import Engine, func, select, update
+from sqlalchemy import Engine, case, func, select, update
 
 from app.audits.folders import audit_folder
 from app.audits.models import (
@@ -245,6 +245,27 @@ def make_finished_audit(
         finish(audit, AuditState.SUCCEEDED)
         session.execute(update(WorkUnit).values(state="done").where(WorkUnit.audit_id == audit.id))
     return audit
+
+
+def suggest_labels(engine: Engine, ranking_id: str) -> None:
+    """Give a finished ranking what an audit with `flag: auto` says of its samples.
+
+    Ranks 0 to 5 should rather have the other label, the rest their own; rank 4 has no suggestion.
+    A sample at rank r is wrong with probability 1 - r / 10.
+    """
+    is_wrong = RankedSample.rank <= 5
+    other = case((RankedSample.given_label == "pos", "neg"), else_="pos")
+    suggested = case((is_wrong, other), else_=RankedSample.given_label)
+    of_ranking = update(RankedSample).where(RankedSample.ranking_id == ranking_id)
+    with transaction(engine) as session:
+        session.execute(
+            of_ranking.values(
+                suggested_label=suggested,
+                suggested_probability=0.75,
+                noise_probability=1 - RankedSample.rank / 10.0,
+            )
+        )
+        session.execute(of_ranking.where(RankedSample.rank == 4).values(suggested_label=None))
 
 
 def make_ranking(

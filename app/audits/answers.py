@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from app.audits.models import AuditState, RankingState
+from app.decisions.answers import SampleDecision
 from app.pagination import Page
 from app.work.models import Stage
 
@@ -241,6 +242,10 @@ class Audit(BaseModel):
     request: dict[str, Any] = Field(description="As accepted, defaults filled in.")
     metadata: dict[str, str]
     experiment_id: str | None = Field(None, description="The experiment that it is part of.")
+    decision_version: int = Field(
+        description="Counts the batches of decisions and their undos; 0 without decisions."
+    )
+    num_decided: int = Field(description="Training samples that a decision stands on.")
     num_train: int | None
     num_validation: int | None
     provenance: dict[str, Any] = Field(
@@ -323,6 +328,7 @@ class Suspect(BaseModel):
     non_finite: bool = Field(
         False, description="The loss or gradient is not finite, so influence says nothing of it."
     )
+    decision: SampleDecision | None = Field(description="What was decided on it; None: nothing.")
 
 
 class SuspectPage(Page[Suspect]):

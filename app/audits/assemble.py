@@ -16,6 +16,8 @@ from app.audits.models import (
     ValidationSample,
 )
 from app.audits.repository import NamedSample, SuspectRow
+from app.decisions.answers import SampleDecision
+from app.decisions.models import Decision
 from app.work.models import Stage
 
 FILE_FORMATS = get_args(answers.FileFormat)
@@ -64,6 +66,8 @@ def assemble_audit(audit: Audit, *, influence_days: float) -> answers.Audit:
         request=audit.request,
         metadata=audit.metadata_,
         experiment_id=audit.experiment_id,
+        decision_version=audit.decision_version,
+        num_decided=audit.num_decided,
         num_train=audit.num_train,
         num_validation=audit.num_validation,
         provenance=audit.provenance,
@@ -123,7 +127,7 @@ def audit_links(audit_id: str, state: AuditState) -> dict[str, str]:
         links["cancel"] = audit_path(audit_id, "cancel")
         links["events"] = audit_path(audit_id, "events")
     if state is AuditState.SUCCEEDED:
-        for name in (*_RESULTS, "rankings"):
+        for name in (*_RESULTS, "rankings", "decisions"):
             links[name] = audit_path(audit_id, name)
     return links
 
@@ -173,8 +177,7 @@ def _ranking_results(ranking: Ranking) -> answers.RankingResults:
 
 def assemble_suspect(row: SuspectRow) -> answers.Suspect:
     """Return one place of a ranking."""
-    ranked, sample = row
-    return answers.Suspect(**_suspect_fields(ranked, sample))
+    return answers.Suspect(**_suspect_fields(*row))
 
 
 def assemble_sample(ranking: Ranking, named: NamedSample) -> answers.SampleDetail:
@@ -184,7 +187,7 @@ def assemble_sample(ranking: Ranking, named: NamedSample) -> answers.SampleDetai
         ranking: its summary names the layer groups.
         named: the sample's place in it.
     """
-    ranked, sample = named.row
+    ranked, sample, decision = named.row
 
     def related(indices: list[int], influences: list[float]) -> list[answers.RelatedSample]:
         return [
@@ -211,7 +214,7 @@ def assemble_sample(ranking: Ranking, named: NamedSample) -> answers.SampleDetai
         ranking.summary["group_order"], ranked.group_scores, ranked.group_ranks, strict=True
     )
     return answers.SampleDetail(
-        **_suspect_fields(ranked, sample),
+        **_suspect_fields(ranked, sample, decision),
         layer_groups=[
             answers.GroupStanding(layer_group=group, score=score, rank=rank)
             for group, score, rank in standings
@@ -255,7 +258,9 @@ def assemble_layers(summary: Mapping[str, Any]) -> answers.LayerTable:
     )
 
 
-def _suspect_fields(ranked: RankedSample, sample: TrainingSample) -> dict[str, Any]:
+def _suspect_fields(
+    ranked: RankedSample, sample: TrainingSample, decision: Decision | None
+) -> dict[str, Any]:
     return {
         "rank": ranked.rank,
         "index": ranked.sample_index,
@@ -273,7 +278,13 @@ def _suspect_fields(ranked: RankedSample, sample: TrainingSample) -> dict[str, A
         "suggested_probability": ranked.suggested_probability,
         "is_noisy": sample.is_noisy,
         "non_finite": sample.non_finite,
+        "decision": _decision(decision) if decision is not None else None,
     }
+
+
+def _decision(decision: Decision) -> SampleDecision:
+    names = SampleDecision.model_fields
+    return SampleDecision.model_validate({name: getattr(decision, name) for name in names})
 
 
 def _identity(sample: TrainingSample | ValidationSample) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from sqlalchemy import (
     Text,
     false,
     func,
-    text,
 )
+from sqlalchemy import text as sql
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, MappedColumn, mapped_column
 from sqlalchemy.types import TypeEngine
@@ -99,21 +99,24 @@ class Audit(Base):
     influence_bytes: Mapped[int | None] = mapped_column(BigInteger)
     influence_deleted_at: Mapped[datetime | None]
 
+    decision_version: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
+    num_decided: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
+
     __table_args__ = (
         CheckConstraint(
             "state IN ({})".format(", ".join(f"'{state}'" for state in AuditState)), name="state"
         ),
         CheckConstraint("(state = 'failed') = (error_code IS NOT NULL)", name="error"),
         Index("ix_audits_tenant_id", "tenant", "id"),
-        Index("ix_audits_open", "id", postgresql_where=text("finished_at IS NULL")),
+        Index("ix_audits_open", "id", postgresql_where=sql("finished_at IS NULL")),
         Index(
             "ix_audits_experiment",
             *("experiment_id", "experiment_position"),
             unique=True,
-            postgresql_where=text("experiment_id IS NOT NULL"),
+            postgresql_where=sql("experiment_id IS NOT NULL"),
         ),
         Index(
-            "ix_audits_kept", "finished_at", postgresql_where=text("influence_deleted_at IS NULL")
+            "ix_audits_kept", "finished_at", postgresql_where=sql("influence_deleted_at IS NULL")
         ),
     )
 
@@ -151,7 +154,7 @@ class Ranking(Base):
         ),
         CheckConstraint("(state = 'failed') = (error_code IS NOT NULL)", name="error"),
         Index("ix_rankings_audit_id", "audit_id", "id"),
-        Index("ix_rankings_own", "audit_id", unique=True, postgresql_where=text("is_own")),
+        Index("ix_rankings_own", "audit_id", unique=True, postgresql_where=sql("is_own")),
     )
 
     @staticmethod
@@ -195,6 +198,14 @@ class TrainingSample(Base):
     shown_classes: Mapped[list[int] | None] = evidence(Integer)  # null for all of them
     class_probabilities: Mapped[list[float] | None] = evidence(REAL)
     out_of_sample_probabilities: Mapped[list[float] | None] = evidence(REAL)
+
+    __table_args__ = (
+        Index(
+            "ix_training_samples_non_finite",
+            *("audit_id", "sample_index"),
+            postgresql_where=sql("non_finite"),
+        ),
+    )
 
 
 class ValidationSample(Base):
@@ -241,6 +252,8 @@ class RankedSample(Base):
         Index("ix_ranked_samples_sample", "ranking_id", "sample_index", unique=True),
         Index("ix_ranked_samples_label", "ranking_id", "given_label", "rank"),
         Index("ix_ranked_samples_score", "ranking_id", "score", "rank"),
+        Index("ix_ranked_samples_suggestion", "ranking_id", "suggested_label", "rank"),
+        Index("ix_ranked_samples_probability", "ranking_id", "noise_probability", "rank"),
     )
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
-from app.audits import repository
+from app.audits import repository, service
 from app.audits.assemble import influence_until
 from app.audits.folders import audit_folder
 from app.audits.idempotency import KeyedCall
@@ -213,6 +213,18 @@ def results_of(session: Session, *, tenant: str, audit_id: str, ranking_id: str)
             headers={"Retry-After": str(RETRY_SECONDS)},
         )
     return Results(session, audit, ranking)
+
+
+def results_for(session: Session, *, tenant: str, audit_id: str, ranking_id: str | None) -> Results:
+    """Return what a ranking found, by default the audit's own.
+
+    Raises:
+        NotFound: there is no such audit or ranking, or it is another tenant's.
+        Conflict: it has no results.
+    """
+    if ranking_id is None:
+        return service.results_of(session, tenant=tenant, audit_id=audit_id)
+    return results_of(session, tenant=tenant, audit_id=audit_id, ranking_id=ranking_id)
 
 
 def _existing(ranking: Ranking | None, audit_id: str, ranking_id: str) -> Ranking:

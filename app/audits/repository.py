@@ -1,13 +1,14 @@
 """Queries on audits; the tenant is in every one."""
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Row, Select, select
 from sqlalchemy.orm import Load, Session
 
+from app.audits.filters import SuspectFilter, matching
 from app.audits.models import (
     EVIDENCE,
     Audit,
@@ -16,6 +17,7 @@ from app.audits.models import (
     TrainingSample,
     ValidationSample,
 )
+from app.decisions.models import Decision
 
 
 def find_audit(
@@ -117,7 +119,7 @@ def lock_unfinished_rankings(session: Session, audit_id: str) -> list[str]:
     return [ranking.id for ranking in rankings if ranking.finished_at is None]
 
 
-SuspectRow = Row[RankedSample, TrainingSample]
+SuspectRow = Row[RankedSample, TrainingSample, Decision | None]
 
 
 @dataclass(frozen=True)
@@ -136,52 +138,29 @@ class NamedSample:
     labels: Sequence[str]
 
 
-def _suspects(ranking: Ranking) -> Select[RankedSample, TrainingSample]:
-    is_same_sample = (TrainingSample.audit_id == ranking.audit_id) & (
-        TrainingSample.sample_index == RankedSample.sample_index
-    )
-    return (
-        select(RankedSample, TrainingSample)
-        .join(TrainingSample, is_same_sample)
-        .where(RankedSample.ranking_id == ranking.id)
-    )
-
-
 def list_suspects(
     session: Session,
     ranking: Ranking,
+    filters: SuspectFilter,
     *,
     limit: int,
     after_rank: int | None = None,
-    flagged: bool | None = None,
-    label: str | None = None,
-    min_score: float | None = None,
-    max_score: float | None = None,
 ) -> Sequence[SuspectRow]:
     """Return ranked samples in order, one more than `limit` when there are more."""
-    statement = _suspects(ranking)
+    statement = _suspects(ranking, filters)
     if after_rank is not None:
         statement = statement.where(RankedSample.rank > after_rank)
-    if flagged is not None:
-        statement = statement.where(RankedSample.flagged == flagged)
-    if label is not None:
-        statement = statement.where(RankedSample.given_label == label)
-    if min_score is not None:
-        statement = statement.where(RankedSample.score >= _as_stored(min_score))
-    if max_score is not None:
-        statement = statement.where(RankedSample.score <= _as_stored(max_score))
     return session.execute(statement.order_by(RankedSample.rank).limit(limit + 1)).all()
 
 
-def _as_stored(score: float) -> float:
-    """Return a score in the 32 bits of its column, so that a score that was read back matches."""
-    stored: float = struct.unpack("f", struct.pack("f", score))[0]
-    return stored
+def _suspects(ranking: Ranking, filters: SuspectFilter) -> Select[Any]:
+    columns = (RankedSample, TrainingSample, Decision)
+    return matching(ranking, filters, *columns, with_sample=True, with_decision=True)
 
 
 def find_sample(session: Session, ranking: Ranking, index: int) -> SuspectRow | None:
     """Return one training sample by its row in the training file, with the evidence."""
-    statement = _suspects(ranking).where(RankedSample.sample_index == index)
+    statement = _suspects(ranking, SuspectFilter()).where(RankedSample.sample_index == index)
     statement = statement.options(Load(TrainingSample).undefer_group(EVIDENCE))
     return session.execute(statement).one_or_none()
 

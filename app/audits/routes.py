@@ -20,7 +20,9 @@ from app.audits.documented import (
     REPLAYED,
     RETRY_AFTER,
     AuditId,
+    FilterQuery,
     IdempotencyKey,
+    OfRanking,
     RequestedRange,
     SampleIndex,
     SuspectQuery,
@@ -28,7 +30,9 @@ from app.audits.documented import (
 from app.audits.downloads import ranking_file
 from app.audits.folders import audit_folder
 from app.audits.models import Audit, AuditState
+from app.audits.ranking_service import results_for
 from app.audits.schemas import AuditRequest, Reference
+from app.audits.summaries import SuspectSummary, summarise
 from app.conditional import IfNoneMatch, entity_tag, is_unchanged
 from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep, WatcherDep
 from app.errors import Conflict, InvalidRequest, NotFound, RangeNotSatisfiable, problem_responses
@@ -233,13 +237,32 @@ def list_suspects(
     tenant: TenantDep,
     audit_id: AuditId,
     query: SuspectQuery,
+    ranking_id: OfRanking = None,
 ) -> answers.SuspectPage:
     """Page through the training samples, the most suspect first: the lowest score is suspect."""
     with Session(engine) as session:
-        results = service.results_of(session, tenant=tenant, audit_id=audit_id)
+        results = results_for(session, tenant=tenant, audit_id=audit_id, ranking_id=ranking_id)
         page = query.page(results)
     link_next(request, response, page.next_cursor)
     return page
+
+
+@results_router.get(
+    "/{audit_id}/suspects/summary",
+    summary="Count the samples that match",
+    responses=problem_responses(NotFound, Conflict, InvalidRequest),
+)
+def get_suspect_summary(
+    engine: EngineDep,
+    tenant: TenantDep,
+    audit_id: AuditId,
+    query: FilterQuery,
+    ranking_id: OfRanking = None,
+) -> SuspectSummary:
+    """Count the samples that match: by labels, by decision and by score."""
+    with Session(engine) as session:
+        results = results_for(session, tenant=tenant, audit_id=audit_id, ranking_id=ranking_id)
+        return summarise(session, results.ranking, query.filters())
 
 
 @results_router.head("/{audit_id}/suspects.{file_format}", include_in_schema=False)

@@ -207,7 +207,7 @@ class Results:
                 f"The training set has no sample {index}; it has {self.audit.num_train}, "
                 "counted from 0."
             )
-        ranked, sample = row
+        ranked, sample, _ = row
         affected = [*ranked.harmed_validation, *ranked.helped_validation]
         alike = [*(sample.alike_training or ()), *(sample.opposed_training or ())]
         return NamedSample(

@@ -17,6 +17,14 @@ LAST_USED_PRECISION = timedelta(minutes=1)  # a write per request would cost mor
 
 
 @dataclass(frozen=True)
+class Caller:
+    """Who calls: the tenant, and the name of the key; None where no keys are used."""
+
+    tenant: str
+    key_name: str | None = None
+
+
+@dataclass(frozen=True)
 class NewKey:
     """A fresh key; `secret` is never stored and cannot be shown again."""
 
@@ -63,7 +71,7 @@ def revoke_key(engine: Engine, key_id: str) -> None:
         key.revoked_at = key.revoked_at or datetime.now(UTC)
 
 
-def tenant_of(engine: Engine, secret: str) -> str | None:
+def caller_of(engine: Engine, secret: str) -> Caller | None:
     """Return whom a key belongs to, or None when it is unknown, revoked or over."""
     with transaction(engine) as session:
         key = session.scalars(
@@ -86,7 +94,7 @@ def tenant_of(engine: Engine, secret: str) -> str | None:
             )
             .values(last_used_at=func.now())
         )
-        return key.tenant
+        return Caller(key.tenant, key.name)
 
 
 def has_active_keys(engine: Engine) -> bool:

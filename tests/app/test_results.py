@@ -76,6 +76,7 @@ class TestSuspects:
                 "suggested_probability": None,
                 "is_noisy": True,
                 "non_finite": False,
+                "decision": None,
             }
         ]
 

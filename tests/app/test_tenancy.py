@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from app.audits.models import Audit, AuditState, Ranking
 from app.datasets.models import Dataset
 from app.db import transaction
+from app.decisions.models import DecisionBatch
 from app.experiments.models import Experiment
 from app.keys.models import ApiKey
 from app.keys.service import create_key, revoke_key
@@ -46,6 +47,9 @@ def owned(client: TestClient, engine: Engine, settings: Settings) -> list[dict[s
     """Ids of one tenant's things: audits that run and that are done, a dataset."""
     dataset = client.post("/v1/datasets", files={"file": ("a.csv", CSV_TABLE)}).json()["id"]
     finished = make_finished_audit(engine, settings)
+    batch = client.post(
+        f"/v1/audits/{finished.id}/decisions", json={"action": "keep", "indices": [0]}
+    ).json()["id"]
     later = make_ranking(engine, finished, settings=settings)
     things = [
         (finished.id, finished.summary["ranking_id"]),
@@ -56,7 +60,7 @@ def owned(client: TestClient, engine: Engine, settings: Settings) -> list[dict[s
     states = [AuditState.SUCCEEDED, AuditState.FAILED]
     finish_experiment(engine, experiments[0]["id"], states)
     ids = [
-        {"audit_id": audit, "ranking_id": ranking, "dataset_id": dataset}
+        {"audit_id": audit, "ranking_id": ranking, "dataset_id": dataset, "batch_id": batch}
         for audit, ranking in things
     ]
     names = [experiments[place % 2]["id"] for place in range(len(ids))]
@@ -67,7 +71,8 @@ def everything(engine: Engine) -> list[set[tuple[str, str]]]:
     with Session(engine) as session:
         rows = [(row.id, row.state) for row in (*session.query(Audit), *session.query(Ranking))]
         things = [*session.query(Dataset), *session.query(Experiment)]
-        return [set(rows), {(thing.id, "") for thing in things}]
+        batches = {(batch.id, str(batch.undone_at)) for batch in session.query(DecisionBatch)}
+        return [set(rows), {(thing.id, "") for thing in things}, batches]
 
 
 def call(client: TestClient, method: str, path: str, ids: dict[str, str]) -> tuple[int, str]:
@@ -77,6 +82,8 @@ def call(client: TestClient, method: str, path: str, ids: dict[str, str]) -> tup
         body = {"json": experiment_body()}
     if path.endswith("/rankings") and method == "POST":
         body = {"json": {"estimator": "grad_cosine"}}
+    if "/decisions" in path and method == "POST" and not path.endswith("/undo"):
+        body = {"json": {"action": "keep", "indices": [0]}}
     response = client.request(method, url, **body)  # type: ignore[arg-type]
     return response.status_code, response.text
 

@@ -12,6 +12,7 @@ from app.audits.automatic import needs_split
 from app.audits.models import Audit, Ranking
 from app.audits.schemas import AuditRequest
 from app.datasets.columns import DatasetLimits
+from app.datasets.storage import cache_folder
 from app.settings import Settings
 from app.work.repository import Claim
 from workers.lease import Hold
@@ -54,7 +55,7 @@ class StageContext:
     @property
     def cache_dir(self) -> Path:
         """Where resolved models and datasets are kept."""
-        return self.settings.data_dir / "cache"
+        return cache_folder(self.settings.data_dir)
 
     @property
     def hub(self) -> Hub:

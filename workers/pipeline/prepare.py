@@ -15,7 +15,7 @@ import pyarrow as pa
 from app.audits.automatic import needs_split
 from app.references import parse_model_reference
 from app.version import VERSION
-from workers.pipeline.artifacts import read_json, write_json
+from workers.pipeline.artifacts import read_json, sha256_of, write_json
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.samples import SCHEMA, write_samples
@@ -109,6 +109,7 @@ def prepare(context: StageContext) -> StageOutput:
     request, artifacts = context.request, context.artifacts
     with context.hold.silence():
         sources = _resolve(context)
+        train_file = _described(sources.train)
     classes: tuple[Label, ...] = ()
     if request.task == "classification":
         classes, targets = read_classes(context, sources.model, sources.train, sources.trusted)
@@ -161,6 +162,7 @@ def prepare(context: StageContext) -> StageOutput:
         "model_revision": sources.model.revision,
         "adapter_revision": sources.model.adapter_revision,
         "train_revision": sources.train.revision,
+        "train_file": train_file,
         **{
             f"{name}_revision": sources.trusted[name].revision if name in sources.trusted else None
             for name in ("validation", "test")
@@ -183,6 +185,15 @@ def prepare(context: StageContext) -> StageOutput:
         },
         provenance=provenance,
     )
+
+
+def _described(table: Table) -> dict[str, Any]:
+    """Return what an export finds the file by, and proves that it is the very one."""
+    return {
+        "format": table.format,
+        "bytes": table.path.stat().st_size,
+        "sha256": sha256_of(table.path),
+    }
 
 
 def _resolve(context: StageContext) -> _Sources:

@@ -23,6 +23,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import DatasetCard
 
 from app.datasets.files import DatasetError, DatasetLimits, FileFormat, guess_format
+from app.datasets.storage import hub_table_path
 from app.references import (
     DatasetReference,
     FileReference,
@@ -89,8 +90,7 @@ def resolve_dataset(
         return _resolve_file(reference, roots=roots, max_bytes=max_bytes)
     revision = hub.commit(reference, field="dataset")
     pinned = replace(reference, revision=revision)
-    key = hashlib.sha256(str(pinned).encode()).hexdigest()[:32]
-    target = cache_dir / "datasets" / f"{key}.parquet"
+    target = hub_table_path(cache_dir, pinned)
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="staging-") as temporary:

@@ -1,0 +1,1 @@
+"""What reviewers decide on the samples of an audit."""
