@@ -14,6 +14,7 @@ from winnow.calls.datasets import DatasetCalls
 from winnow.calls.decisions import DecisionCalls
 from winnow.calls.experiments import ExperimentCalls
 from winnow.calls.suspects import SuspectCalls
+from winnow.calls.webhooks import WebhookCalls
 from winnow.connection import Connection
 from winnow.tables import TableKind
 from winnow.transport import blocking, iterating, run
@@ -32,7 +33,7 @@ class AsyncClient(
     CatalogueCalls,
     AbstractAsyncContextManager["AsyncClient"],
 ):
-    """Talks to one Winnow service, under asyncio or trio.
+    """Talks to one Winnow service, under asyncio.
 
     Every call raises WinnowError when the service refuses it, and ServiceUnreachable when no
     answer comes. Calls are tried again, with growing pauses, when the connection breaks or the
@@ -47,6 +48,7 @@ class AsyncClient(
 
     Attributes:
         experiments: comparisons over tasks and seeds.
+        webhooks: addresses that are told when something ends.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class AsyncClient(
     def _connect(self, base_url: str, api_key: str | None, **options: Any) -> None:  # noqa: ANN401
         super().__init__(Connection(base_url, api_key=api_key, **options))
         self.experiments = ExperimentCalls(self._connection)
+        self.webhooks = WebhookCalls(self._connection)
 
     async def __aexit__(
         self,
@@ -98,6 +101,7 @@ class Client(AbstractContextManager["Client"]):
 
     Attributes:
         experiments: comparisons over tasks and seeds.
+        webhooks: addresses that are told when something ends.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Client(AbstractContextManager["Client"]):
     ) -> None:
         self.calls = _CallsAtOnce(base_url, api_key, timeout=timeout, attempts=attempts)
         self.experiments = Experiments(self.calls.experiments)
+        self.webhooks = Webhooks(self.calls.webhooks)
 
     def __exit__(
         self,
@@ -227,3 +232,19 @@ class Experiments:
     download = blocking(ExperimentCalls.download)
     cancel = blocking(ExperimentCalls.cancel)
     delete = blocking(ExperimentCalls.delete)
+
+
+class Webhooks:
+    """Be told when audits, rankings and experiments end; messages follow Standard Webhooks."""
+
+    def __init__(self, calls: WebhookCalls) -> None:
+        self.calls = calls
+
+    create = blocking(WebhookCalls.create)
+    list = iterating(WebhookCalls.list)
+    get = blocking(WebhookCalls.get)
+    delete = blocking(WebhookCalls.delete)
+    rotate = blocking(WebhookCalls.rotate)
+    test = blocking(WebhookCalls.test)
+    deliveries = iterating(WebhookCalls.deliveries)
+    redeliver = blocking(WebhookCalls.redeliver)

@@ -142,7 +142,7 @@ async def _continue(connection: Connection, source: str, part: _Part) -> None:
         async with connection.stream(source, headers=headers) as streamed:
             etag = await _receive(streamed, part)
     except WinnowError as error:
-        if known is None or error.status != httpx2.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+        if known is None or error.status != httpx2.codes.RANGE_NOT_SATISFIABLE:
             raise
         part.discard()  # there is more than the file has by now
         return await _continue(connection, source, part)

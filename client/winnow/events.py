@@ -23,6 +23,10 @@ class Message:
     id: str | None
 
 
+class _NoEvents(Exception):
+    """The service sends no events, or none any more: the audit itself tells where it stands."""
+
+
 async def follow(connection: Connection, audit_path: str) -> AsyncGenerator[Progress, None]:
     """Yield where an audit stands, whenever it changes; Done is the last.
 
@@ -34,29 +38,42 @@ async def follow(connection: Connection, audit_path: str) -> AsyncGenerator[Prog
     patience = connection.patience()
     while True:
         try:
-            async with (
-                connection.stream(f"{audit_path}/events", headers=headers) as streamed,
-                aclosing(read_messages(streamed.pieces)) as messages,
-            ):
-                async for message in messages:
+            async with aclosing(_listen(connection, audit_path, headers)) as events:
+                async for event in events:
                     patience.renew()
-                    if message.id is not None:
-                        headers["Last-Event-ID"] = message.id
-                    kind = KINDS.get(message.event)
-                    if kind is not None:
-                        yield kind.model_validate_json(message.data)
-                    if kind is Done:
+                    yield event
+                    if event.done:
                         return
             raise httpx2.RemoteProtocolError("The events ended before the audit did")
-        except WinnowError as error:
-            if error.status == httpx2.codes.NOT_FOUND:
-                break
-            await patience.after(error)
-        except httpx2.TransportError as error:
+        except _NoEvents:
+            break
+        except (WinnowError, httpx2.TransportError) as error:
             await patience.after(error)
     async with aclosing(changes(connection, Audit, audit_path)) as audits:
         async for audit in audits:
             yield (Done if audit.done else Progress).model_validate(audit.model_dump())
+
+
+async def _listen(
+    connection: Connection, audit_path: str, headers: dict[str, str]
+) -> AsyncGenerator[Progress, None]:
+    """Yield the events of one connection; the headers remember which was the last."""
+    try:
+        async with (
+            connection.stream(f"{audit_path}/events", headers=headers) as streamed,
+            aclosing(read_messages(streamed.pieces)) as messages,
+        ):
+            if streamed.response.status_code == httpx2.codes.NO_CONTENT:
+                raise _NoEvents
+            async for message in messages:
+                if message.id is not None:
+                    headers["Last-Event-ID"] = message.id
+                if message.event in KINDS:
+                    yield KINDS[message.event].model_validate_json(message.data)
+    except WinnowError as error:
+        if error.status == httpx2.codes.NOT_FOUND:
+            raise _NoEvents from error
+        raise
 
 
 async def read_messages(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[Message, None]:

@@ -263,3 +263,17 @@ class DecisionRequest(Request):
     ranking_id: str | None = None
     as_of: int | None = None
     reviewer: str | None = None
+
+
+class WebhookRequest(Request):
+    """An address, and what it wants to be told of."""
+
+    url: str
+    events: list[str] | None = None
+    description: str | None = None
+
+
+class UndoRequest(Request):
+    """Who takes a batch of decisions back."""
+
+    reviewer: str | None = None

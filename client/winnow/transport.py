@@ -5,6 +5,7 @@ Client gives it a transport that does everything at once and never suspends, so 
 with a single step and needs no event loop.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-import anyio
 import httpx2
 
 Parameters = ParamSpec("Parameters")
@@ -69,7 +69,7 @@ class AsyncTransport:
             yield Streamed(response, pieces())
 
     async def sleep(self, seconds: float) -> None:
-        await anyio.sleep(seconds)
+        await asyncio.sleep(seconds)
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -7,10 +7,7 @@ import pytest
 import winnow.errors
 import winnow.requests
 import winnow.results
-from celery import Celery
-from fastapi import FastAPI
 from pydantic import BaseModel
-from sqlalchemy import Engine
 
 from app.main import create_app
 from app.settings import Settings
@@ -36,18 +33,18 @@ def models(module: Any, base: type[BaseModel]) -> Iterator[type[BaseModel]]:
             yield value
 
 
-ANSWERS = [*models(winnow.results, winnow.results.Result), winnow.errors.ErrorItem]
-REQUESTS = [*models(winnow.requests, winnow.requests.Request)]
+ANSWERS: list[type[BaseModel]] = [
+    *models(winnow.results, winnow.results.Result),
+    winnow.errors.ErrorItem,
+]
+REQUESTS: list[type[BaseModel]] = [*models(winnow.requests, winnow.requests.Request)]
 
 
-@pytest.fixture
-def api(settings: Settings, engine: Engine, celery: Celery) -> FastAPI:
-    return create_app(settings, engine, celery)
-
-
-@pytest.fixture
-def schemas(api: FastAPI) -> dict[str, Schema]:
-    found: dict[str, Schema] = api.openapi()["components"]["schemas"]
+@pytest.fixture(scope="module")
+def schemas() -> dict[str, Schema]:
+    nowhere = {"database_url": "postgresql://localhost/none", "broker_url": "redis://localhost"}
+    document = create_app(Settings.model_validate(nowhere)).openapi()
+    found: dict[str, Schema] = document["components"]["schemas"]
     return found
 
 

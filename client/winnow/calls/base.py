@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from winnow.connection import Connection
+from winnow.connection import Answer, Connection, parse
 from winnow.results import Page, Result
 
 Item = TypeVar("Item", bound=Result)
@@ -29,6 +29,15 @@ class Calls:
             if page.next_cursor is None:
                 return
             params["cursor"] = page.next_cursor
+
+    async def _post_once(
+        self, kind: type[Answer], path: str, body: dict[str, Any] | None = None
+    ) -> Answer:
+        """Make a call that must not run twice: it is not sent again when its answer is lost."""
+        response = await self._connection.retry(
+            lambda: self._connection.send("POST", path, json=body), may_run_twice=False
+        )
+        return parse(kind, response)
 
     async def _delete(self, path: str) -> None:
         """Remove something; not tried again when the answer is lost, for then it would be 404."""

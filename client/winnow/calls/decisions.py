@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from winnow import download
 from winnow.calls.base import Calls, audit_path, given
-from winnow.connection import parse
-from winnow.requests import DecisionRequest
+from winnow.requests import DecisionRequest, UndoRequest
 from winnow.results import DecisionBatch, DecisionPreview, Page, Precision
 
 Applied = Literal["decisions", "drop", "correct"]
@@ -29,12 +28,7 @@ class DecisionCalls(Calls):
             request: the action and the samples, typed or as the JSON body.
         """
         path = audit_path(audit_id, "decisions")
-
-        async def send() -> DecisionBatch:
-            response = await self._connection.send("POST", path, json=_body(request))
-            return parse(DecisionBatch, response)
-
-        return await self._connection.retry(send, may_run_twice=False)
+        return await self._post_once(DecisionBatch, path, _body(request))
 
     async def preview(
         self, audit_id: str, request: DecisionRequest | Mapping[str, Any]
@@ -51,14 +45,18 @@ class DecisionCalls(Calls):
             Page[DecisionBatch], audit_path(audit_id, "decisions"), {"limit": page_size}
         )
 
-    async def undo(self, audit_id: str, batch_id: str) -> DecisionBatch:
-        """Take a batch back: its samples have what they had before, or what was decided since."""
+    async def undo(
+        self, audit_id: str, batch_id: str, *, reviewer: str | None = None
+    ) -> DecisionBatch:
+        """Take a batch back: its samples have what they had before, or what was decided since.
+
+        Args:
+            audit_id: the audit.
+            batch_id: the batch, as `decide` or `decisions` returned it.
+            reviewer: who takes it back, where calls have no key.
+        """
         path = audit_path(audit_id, "decisions", batch_id, "undo")
-
-        async def send() -> DecisionBatch:
-            return parse(DecisionBatch, await self._connection.send("POST", path))
-
-        return await self._connection.retry(send, may_run_twice=False)
+        return await self._post_once(DecisionBatch, path, UndoRequest(reviewer=reviewer).body())
 
     async def precision(self, audit_id: str, *, ranking_id: str | None = None) -> Precision:
         """Return how many of the decided samples among the most suspect were wrong."""

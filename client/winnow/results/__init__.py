@@ -18,12 +18,12 @@ from winnow.results.base import FileFormat, Page, Result
 from winnow.results.catalogue import Aggregation, Alive, Check, Estimator, Parameter, Readiness
 from winnow.results.datasets import Dataset
 from winnow.results.decisions import (
-    Decision,
     DecisionBatch,
     DecisionPreview,
     LabelPair,
     Precision,
     PrecisionAt,
+    SampleDecision,
     ScoreHistogram,
     SuspectSummary,
 )
@@ -51,12 +51,14 @@ from winnow.results.samples import (
     SuspectPage,
 )
 from winnow.results.verification import AgainstFull, SeedValues, Verification, VerificationArm
+from winnow.results.webhooks import Attempt, Delivery, NewWebhook, Webhook
 
 __all__ = [
     "AgainstFull",
     "Aggregation",
     "AlikeSample",
     "Alive",
+    "Attempt",
     "Audit",
     "AuditError",
     "AuditResults",
@@ -69,9 +71,9 @@ __all__ = [
     "ClassProbability",
     "Correlation",
     "Dataset",
-    "Decision",
     "DecisionBatch",
     "DecisionPreview",
+    "Delivery",
     "Detection",
     "Done",
     "Estimator",
@@ -86,6 +88,7 @@ __all__ = [
     "LayerTable",
     "Level",
     "Missing",
+    "NewWebhook",
     "NoiseEstimate",
     "Page",
     "Parameter",
@@ -100,6 +103,7 @@ __all__ = [
     "Result",
     "ResultFile",
     "ResultRow",
+    "SampleDecision",
     "SampleDetail",
     "ScoreHistogram",
     "SeedValues",
@@ -108,5 +112,6 @@ __all__ = [
     "SuspectSummary",
     "Verification",
     "VerificationArm",
+    "Webhook",
     "WinRates",
 ]

@@ -153,6 +153,8 @@ class Audit(Result):
     request: dict[str, Any]
     metadata: dict[str, str]
     experiment_id: str | None = None
+    decision_version: int = 0
+    num_decided: int = 0
     num_train: int | None
     num_validation: int | None
     provenance: dict[str, Any]

@@ -1,17 +1,18 @@
 """Answers about what reviewers decided."""
 
 from datetime import datetime
+from typing import Any
 
 from winnow.results.base import Result
 
 
-class Decision(Result):
-    """What was decided about a sample: its action, with the new label or completion of an edit."""
+class SampleDecision(Result):
+    """What was decided about a sample: the action, and the label or completion that it gets."""
 
     action: str
     label: str | None
     text: str | None
-    reviewer: str | None
+    reviewer: str
     decided_at: datetime
     version: int
 
@@ -25,12 +26,17 @@ class DecisionBatch(Result):
 
     id: str
     action: str
+    label: str | None
+    text: str | None
+    filter: dict[str, Any] | None
+    ranking_id: str
     num_samples: int
     num_changed: int
-    num_skipped: int = 0
-    reviewer: str | None
+    num_skipped: int
+    reviewer: str
     created_at: datetime
     undone_at: datetime | None
+    undone_by: str | None
     decision_version: int
 
 
@@ -55,6 +61,7 @@ class PrecisionAt(Result):
 class Precision(Result):
     """How good the ranking is, by the decisions so far."""
 
+    ranking_id: str
     at: list[PrecisionAt]
 
 

@@ -1,6 +1,7 @@
 """Answers about single training samples."""
 
 from winnow.results.base import Page, Result
+from winnow.results.decisions import SampleDecision
 
 
 class Suspect(Result):
@@ -26,6 +27,7 @@ class Suspect(Result):
     suggested_probability: float | None = None
     is_noisy: bool | None
     non_finite: bool = False
+    decision: SampleDecision | None = None
 
 
 class SuspectPage(Page[Suspect]):
