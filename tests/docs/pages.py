@@ -29,7 +29,7 @@ MARKS = frozenset({"not executed", "service", "file", "needs", "steps", "body", 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
 )
-_MARK = re.compile(r"<!-- ([a-z ]+?)(?:: (.+?))? -->\n*\s*\Z", re.DOTALL)
+_MARK = re.compile(r"<!-- ([a-z ]+?)(?:: ((?:(?!-->).)+?))? -->\s*\Z", re.DOTALL)
 
 
 @dataclass(frozen=True)
