@@ -3,13 +3,14 @@
 import csv
 import hashlib
 import io
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pyarrow.parquet as pq
 import pytest
 
-from tests.e2e.conftest import Service
+from tests.e2e.conftest import Reviews, Service
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("service"), pytest.mark.timeout(600)]
 
@@ -120,6 +121,29 @@ def another_ranking(service: Service, audit: dict[str, Any]) -> None:
 
     assert service.http.delete(location).status_code == 204
     assert service.http.get(location).status_code == 404
+
+
+def test_a_copy_with_another_label_is_shown_as_what_opposes_it_most(
+    service: Service, request_body: dict[str, Any], reviews: Reviews, tmp_path: Path
+) -> None:
+    """A reviewer who opens a suspect sees its near-duplicate with the other label first."""
+    rows = list(csv.DictReader(reviews.train_csv.open(newline="")))
+    original = {**rows[3], "text": rows[3]["text"].rstrip(" .")}
+    other = next(row["label"] for row in rows if row["label"] != original["label"])
+    copy = {**original, "text": original["text"] + " !", "label": other}
+    path = tmp_path / "with_a_copy.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(original))
+        writer.writeheader()
+        writer.writerows([original, *rows[4:], copy])
+    body = request_body | {"train": {"reference": service.upload(path)}, "plant_noise": None}
+    audit = service.finish(audit_id := service.submit(**body))
+    assert audit["state"] == "succeeded", audit
+
+    first = service.http.get(f"/v1/audits/{audit_id}/samples/0").json()["most_opposed"][0]
+    assert first["index"] == audit["num_train"] - 1
+    assert first["given_label"] == other
+    assert first["similarity"] < -0.9
 
 
 def test_an_audit_that_cannot_be_done_says_what_to_change(
