@@ -94,7 +94,7 @@ class TestByKeyboard:
         page.keyboard.press("j")
         page.keyboard.press("e")
         page.get_by_label("Label", exact=True).select_option("positive")
-        page.get_by_role("button", name="Save").click()
+        page.get_by_role("button", name="Save", exact=True).click()
         expect(page.locator("tr[data-index]").first.locator("[data-who]")).to_contain_text(
             "positive"
         )
@@ -111,9 +111,10 @@ class TestByKeyboard:
         page.keyboard.press("Escape")
         page.get_by_label("Text contains").press_sequentially("jaxd")
         assert decisions(site, audit) == {}
-        page.locator("body").press("n")
+        page.get_by_label("Text contains").blur()
+        page.keyboard.press("n")
         page.wait_for_url("**from_rank=50**")
-        page.locator("body").press("p")
+        page.keyboard.press("p")
         page.wait_for_url("**before_rank=50**")
         assert page.locator("tr[data-index]").first.get_attribute("data-rank") == "0"
 
