@@ -11,6 +11,7 @@ from app.errors import NotAuthenticated
 from app.jobs import Sender
 from app.keys.cookie import KEY_COOKIE, refuse_other_sites
 from app.keys.service import Caller, caller_of
+from app.live.watcher import Watcher
 from app.settings import Settings
 
 DEFAULT_TENANT = "default"
@@ -32,6 +33,10 @@ def _sender(request: Request) -> Sender:
     return cast("Sender", request.app.state.sender)
 
 
+def _watcher(request: Request) -> Watcher:
+    return cast("Watcher", request.app.state.watcher)
+
+
 def _settings(request: Request) -> Settings:
     return cast("Settings", request.app.state.settings)
 
@@ -39,6 +44,7 @@ def _settings(request: Request) -> Settings:
 EngineDep = Annotated[Engine, Depends(_engine)]
 CeleryDep = Annotated[Celery, Depends(_celery)]
 SenderDep = Annotated[Sender, Depends(_sender)]
+WatcherDep = Annotated[Watcher, Depends(_watcher)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 
 

@@ -18,6 +18,8 @@ from app.errors import InvalidRequest, NotAuthenticated, install_error_handlers,
 from app.experiments import routes as experiment_routes
 from app.exports import routes as export_routes
 from app.jobs import Sender, make_celery
+from app.live.events import install_end_of_streams
+from app.live.watcher import Watcher
 from app.middleware import BodyLimit, LoopbackOnly, RequestContext
 from app.settings import Settings
 from app.version import VERSION
@@ -25,6 +27,8 @@ from app.web import report_routes
 from app.web import routes as page_routes
 from app.web.queries import CountsCache
 from app.web.rendering import OwnFiles
+from app.webhooks import routes as webhook_routes
+from app.webhooks.sender import WebhookSender
 from app.work.reconciler import Reconciler
 
 DESCRIPTION = """\
@@ -53,6 +57,7 @@ TAGS = [
         "description": "Compare estimators, layer groups and aggregations over tasks and seeds.",
     },
     {"name": "datasets", "description": "Upload labelled texts once, use them in many audits."},
+    {"name": "webhooks", "description": "Be told when something has ended, by signed messages."},
     {"name": "catalogue", "description": "What this server can compute."},
     {"name": "health", "description": "For load balancers and operators."},
 ]
@@ -74,10 +79,13 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:
         reconciler = Reconciler(the_engine, the_celery, settings)
+        webhook_sender = WebhookSender(the_engine, settings)
         reconciler.start()
+        webhook_sender.start()
         try:
             yield
         finally:
+            webhook_sender.stop()
             reconciler.stop()
             if engine is None:
                 the_engine.dispose()
@@ -95,6 +103,7 @@ def create_app(
     api.state.celery = the_celery
     api.state.sender = Sender(the_engine, the_celery)
     api.state.counts = CountsCache()
+    api.state.watcher = Watcher(the_engine)
     api.include_router(health.router)
     for router in (
         audit_routes.router,
@@ -105,6 +114,7 @@ def create_app(
         export_routes.router,
         experiment_routes.router,
         dataset_routes.router,
+        webhook_routes.router,
         catalogue_routes.router,
     ):
         api.include_router(router, responses=problem_responses(NotAuthenticated, InvalidRequest))
@@ -116,4 +126,5 @@ def create_app(
         api.add_middleware(LoopbackOnly)
     api.add_middleware(RequestContext)
     install_error_handlers(api)
+    install_end_of_streams(api)
     return api

@@ -38,6 +38,14 @@ def open_socket(host: str, port: int) -> socket.socket:
         ) from error
 
 
+class _Server(uvicorn.Server):
+    """Lets those go first who wait for news: they would hold up the end as long as it may take."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.watcher.close()  # type: ignore[union-attr]  # it is ours
+        await super().shutdown(sockets)
+
+
 def run_api(settings: Settings, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -55,7 +63,7 @@ def run_api(settings: Settings, listener: socket.socket) -> None:
         access_log=False,  # the middleware writes one line per request
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config).run(sockets=[listener])
 
 
 def main() -> None:

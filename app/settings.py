@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AnyHttpUrl, Field, SecretStr, field_validator
+from pydantic import AnyHttpUrl, Field, IPvAnyNetwork, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -79,6 +79,24 @@ class Settings(BaseSettings):
         "rankings; 0 is as long as the audit.",
     )
     checkpoint_steps: int = Field(50, ge=1, description="Fine-tuning steps between checkpoints.")
+    webhook_plain_http: bool = Field(
+        False, description="Let webhooks have addresses with http://, without encryption."
+    )
+    webhook_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
+        (),
+        description="Networks that webhooks may call although they are not public, separated by "
+        "','; for receivers in house.",
+    )
+    webhook_ca_file: Path | None = Field(
+        None,
+        description="Certificates (PEM) that receivers of webhooks are checked against, in place "
+        "of the public ones; for receivers in house.",
+    )
+    webhook_retry_seconds: float = Field(
+        8,
+        gt=0,
+        description="Pause before a webhook's second try; each further one is 4.5 times as long.",
+    )
     log_format: Literal["json", "console"] = Field("json", description="How log lines look.")
 
     @field_validator("file_roots", mode="before")
@@ -86,6 +104,13 @@ class Settings(BaseSettings):
     def _split_roots(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(Path(part) for part in value.split(os.pathsep) if part)
+        return value
+
+    @field_validator("webhook_networks", mode="before")
+    @classmethod
+    def _split_networks(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
     @field_validator("data_dir", mode="after")

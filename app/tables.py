@@ -12,6 +12,7 @@ from app.datasets.models import Dataset
 from app.decisions.models import Decision, DecisionBatch, DecisionChange
 from app.experiments.models import Experiment
 from app.keys.models import ApiKey
+from app.webhooks.models import Webhook, WebhookDelivery
 from app.work.models import WorkerHeartbeat, WorkUnit
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "Ranking",
     "TrainingSample",
     "ValidationSample",
+    "Webhook",
+    "WebhookDelivery",
     "WorkUnit",
     "WorkerHeartbeat",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from operator import itemgetter
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 from app.audits import answers
 from app.audits.models import (
@@ -29,7 +29,16 @@ def audit_path(audit_id: str, *rest: str) -> str:
     return "/".join(("/v1/audits", audit_id, *rest))
 
 
-def ranking_path(ranking: Ranking, *rest: str) -> str:
+class NamesRanking(Protocol):
+    """What a ranking's paths are made of: its row, whole or in part."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def audit_id(self) -> str: ...
+
+
+def ranking_path(ranking: NamesRanking, *rest: str) -> str:
     """Return the path of a ranking, or of a part of it."""
     return audit_path(ranking.audit_id, "rankings", ranking.id, *rest)
 
@@ -66,7 +75,7 @@ def assemble_audit(audit: Audit, *, influence_days: float) -> answers.Audit:
         results=_results(audit) if state is AuditState.SUCCEEDED else None,
         kept=_kept(audit, influence_days) if state is AuditState.SUCCEEDED else None,
         error=_error(audit) if state is AuditState.FAILED else None,
-        links=_links(audit.id, state),
+        links=audit_links(audit.id, state),
     )
 
 
@@ -111,10 +120,12 @@ def _results(audit: Audit) -> answers.AuditResults:
     )
 
 
-def _links(audit_id: str, state: AuditState) -> dict[str, str]:
+def audit_links(audit_id: str, state: AuditState) -> dict[str, str]:
+    """Return the paths that make sense for an audit in a state."""
     links = {"self": audit_path(audit_id)}
     if not state.is_final:
         links["cancel"] = audit_path(audit_id, "cancel")
+        links["events"] = audit_path(audit_id, "events")
     if state is AuditState.SUCCEEDED:
         for name in (*_RESULTS, "rankings", "decisions"):
             links[name] = audit_path(audit_id, name)
@@ -125,9 +136,6 @@ def assemble_ranking(ranking: Ranking) -> answers.Ranking:
     """Return a ranking and where it stands."""
     state = RankingState(ranking.state)
     has_results = state is RankingState.SUCCEEDED
-    links = {"self": ranking_path(ranking), "audit": audit_path(ranking.audit_id)}
-    if has_results:
-        links |= {name: ranking_path(ranking, name) for name in _RESULTS}
     return answers.Ranking(
         id=ranking.id,
         audit_id=ranking.audit_id,
@@ -141,8 +149,18 @@ def assemble_ranking(ranking: Ranking) -> answers.Ranking:
         request={**ranking.specification, "flag": ranking.flag},
         results=_ranking_results(ranking) if has_results else None,
         error=_error(ranking) if state is RankingState.FAILED else None,
-        links=links,
+        links=ranking_links(ranking, state),
     )
+
+
+def ranking_links(ranking: NamesRanking, state: RankingState) -> dict[str, str]:
+    """Return the paths that make sense for a ranking in a state."""
+    links = {"self": ranking_path(ranking), "audit": audit_path(ranking.audit_id)}
+    if not state.is_final:
+        links["events"] = ranking_path(ranking, "events")
+    if state is RankingState.SUCCEEDED:
+        links |= {name: ranking_path(ranking, name) for name in _RESULTS}
+    return links
 
 
 def _ranking_results(ranking: Ranking) -> answers.RankingResults:

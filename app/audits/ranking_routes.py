@@ -1,6 +1,11 @@
 """HTTP: rankings of a finished audit, from the influence that it computed."""
 
-from fastapi import APIRouter, BackgroundTasks, Request, Response
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, BackgroundTasks, Depends, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import EventSourceResponse
 from sqlalchemy.orm import Session
 
 from app.audits import answers
@@ -31,8 +36,12 @@ from app.audits.folders import audit_folder
 from app.audits.models import Ranking, RankingState
 from app.audits.schemas import RankingRequest
 from app.conditional import IfNoneMatch, entity_tag, is_unchanged
-from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep
+from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep, WatcherDep
 from app.errors import Conflict, InvalidRequest, NotFound, RangeNotSatisfiable, problem_responses
+from app.live.answers import EventData
+from app.live.events import EVENT_STREAM, LastEventId, check_for_more, events_of
+from app.live.snapshots import Kind, Thing
+from app.live.waiting import Wait, wait_for_news
 from app.pagination import Cursor, Limit, Page, cut_page, decode_cursor, encode_cursor, link_next
 
 router = APIRouter(prefix="/v1/audits/{audit_id}/rankings", tags=["rankings"])
@@ -106,6 +115,35 @@ def list_rankings(
     return Page(data=data, next_cursor=next_cursor, has_more=has_more)
 
 
+def _watched(
+    engine: EngineDep,
+    tenant: TenantDep,
+    audit_id: AuditId,
+    ranking_id: RankingId,
+    last_event_id: LastEventId = None,
+) -> Thing:
+    ranking = service.get_ranking(engine, tenant=tenant, audit_id=audit_id, ranking_id=ranking_id)
+    is_final = RankingState(ranking.state).is_final
+    check_for_more(last_event_id, version=ranking.version, is_final=is_final)
+    return Thing(Kind.RANKING, ranking_id)
+
+
+async def _news(
+    *,
+    engine: EngineDep,
+    watcher: WatcherDep,
+    tenant: TenantDep,
+    audit_id: AuditId,
+    ranking_id: RankingId,
+    if_none_match: IfNoneMatch = None,
+    wait: Wait = None,
+) -> None:
+    """Wait, if asked to, until there is news of a ranking."""
+    if wait is not None:
+        thing = await run_in_threadpool(_watched, engine, tenant, audit_id, ranking_id)
+        await wait_for_news(watcher, thing, seconds=wait, if_none_match=if_none_match)
+
+
 @router.get(
     "/{ranking_id}",
     summary="Get a ranking",
@@ -115,6 +153,7 @@ def list_rankings(
         **NOT_MODIFIED,
         **problem_responses(NotFound),
     },
+    dependencies=[Depends(_news)],
 )
 def get_ranking(
     *,
@@ -131,6 +170,22 @@ def get_ranking(
     if is_unchanged(if_none_match, response.headers["ETag"]):
         return Response(status_code=304, headers=dict(response.headers))
     return assemble_ranking(ranking)
+
+
+@router.get(
+    "/{ranking_id}/events",
+    summary="Follow a ranking",
+    response_class=EventSourceResponse,
+    responses={**EVENT_STREAM, **problem_responses(NotFound)},
+)
+async def stream_ranking(
+    watcher: WatcherDep,
+    thing: Annotated[Thing, Depends(_watched)],
+    last_event_id: LastEventId = None,
+) -> AsyncIterator[EventData]:
+    """Follow a ranking by server-sent events, until it has ended."""
+    async for event in events_of(watcher, thing, last_event_id):
+        yield event
 
 
 @router.delete(

@@ -1,8 +1,11 @@
 """HTTP: audits."""
 
+from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Depends, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import EventSourceResponse
 from pydantic import AwareDatetime
 from sqlalchemy.orm import Session
 
@@ -31,8 +34,12 @@ from app.audits.ranking_service import results_for
 from app.audits.schemas import AuditRequest, Reference
 from app.audits.summaries import SuspectSummary, summarise
 from app.conditional import IfNoneMatch, entity_tag, is_unchanged
-from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep
+from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep, WatcherDep
 from app.errors import Conflict, InvalidRequest, NotFound, RangeNotSatisfiable, problem_responses
+from app.live.answers import EventData
+from app.live.events import EVENT_STREAM, LastEventId, check_for_more, events_of
+from app.live.snapshots import Kind, Thing
+from app.live.waiting import Wait, wait_for_news
 from app.pagination import Cursor, Limit, Page, cut_page, decode_cursor, encode_cursor, link_next
 from app.settings import Settings
 
@@ -117,6 +124,30 @@ def list_audits(
     return Page(data=data, next_cursor=next_cursor, has_more=has_more)
 
 
+def _watched(
+    engine: EngineDep, tenant: TenantDep, audit_id: AuditId, last_event_id: LastEventId = None
+) -> Thing:
+    audit = service.get_audit(engine, tenant=tenant, audit_id=audit_id)
+    is_final = AuditState(audit.state).is_final
+    check_for_more(last_event_id, version=audit.version, is_final=is_final)
+    return Thing(Kind.AUDIT, audit_id)
+
+
+async def _news(
+    *,
+    engine: EngineDep,
+    watcher: WatcherDep,
+    tenant: TenantDep,
+    audit_id: AuditId,
+    if_none_match: IfNoneMatch = None,
+    wait: Wait = None,
+) -> None:
+    """Wait, if asked to, until there is news of an audit."""
+    if wait is not None:
+        thing = await run_in_threadpool(_watched, engine, tenant, audit_id)
+        await wait_for_news(watcher, thing, seconds=wait, if_none_match=if_none_match)
+
+
 @router.get(
     "/{audit_id}",
     summary="Get an audit",
@@ -126,6 +157,7 @@ def list_audits(
         **NOT_MODIFIED,
         **problem_responses(NotFound),
     },
+    dependencies=[Depends(_news)],
 )
 def get_audit(
     *,
@@ -142,6 +174,22 @@ def get_audit(
     if is_unchanged(if_none_match, response.headers["ETag"]):
         return Response(status_code=304, headers=dict(response.headers))
     return _answer(audit, settings)
+
+
+@router.get(
+    "/{audit_id}/events",
+    summary="Follow an audit",
+    response_class=EventSourceResponse,
+    responses={**EVENT_STREAM, **problem_responses(NotFound)},
+)
+async def stream_audit(
+    watcher: WatcherDep,
+    thing: Annotated[Thing, Depends(_watched)],
+    last_event_id: LastEventId = None,
+) -> AsyncIterator[EventData]:
+    """Follow an audit by server-sent events, until it has ended."""
+    async for event in events_of(watcher, thing, last_event_id):
+        yield event
 
 
 @router.post(

@@ -19,36 +19,21 @@ CORRELATE: dict[answers.Over, Callable[..., list[tables.Correlation]]] = {
 }
 
 
-def experiment_path(experiment_id: str, *rest: str) -> str:
-    """Return the path of an experiment, or of a part of it."""
-    return "/".join(("/v1/experiments", experiment_id, *rest))
-
-
 def assemble_experiment(found: ExperimentWithAudits) -> answers.Experiment:
     """Return an experiment and where it stands."""
-    experiment, audits, state = found.experiment, found.audits, found.state
-    links = {"self": experiment_path(experiment.id)}
-    if not state.is_final:
-        links["cancel"] = experiment_path(experiment.id, "cancel")
-    elif any(audit.state == AuditState.SUCCEEDED for audit in audits):
-        links["results"] = experiment_path(experiment.id, "results")
-        links["results_csv"] = experiment_path(experiment.id, "results.csv")
-    ended = [AuditState(audit.state).is_final for audit in audits]
+    experiment, standing = found.experiment, found.standing
     return answers.Experiment(
         id=experiment.id,
-        state=state,
-        done=state.is_final,
-        progress=sum(
-            1.0 if is_over else audit.progress for audit, is_over in zip(audits, ended, strict=True)
-        )
-        / len(audits),
+        state=standing.state,
+        done=standing.state.is_final,
+        progress=standing.progress,
         created_at=experiment.created_at,
         finished_at=found.finished_at,
         cancel_requested_at=experiment.cancel_requested_at,
         request=experiment.request,
         metadata=experiment.metadata_,
-        num_audits=len(audits),
-        num_ended=sum(ended),
+        num_audits=len(found.audits),
+        num_ended=standing.num_ended,
         audits=[
             answers.ExperimentAudit(
                 id=audit.id,
@@ -61,7 +46,7 @@ def assemble_experiment(found: ExperimentWithAudits) -> answers.Experiment:
             )
             for cell, audit in found.cells()
         ],
-        links=links,
+        links=standing.links,
     )
 
 

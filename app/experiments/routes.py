@@ -1,8 +1,11 @@
 """HTTP: experiments."""
 
+from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, BackgroundTasks, Path, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Depends, Path, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import EventSourceResponse
 from sqlalchemy.orm import Session
 
 from app.audits.documented import (
@@ -14,18 +17,22 @@ from app.audits.documented import (
     IdempotencyKey,
 )
 from app.conditional import IfNoneMatch, entity_tag, is_unchanged
-from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep
+from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep, WatcherDep
 from app.errors import Conflict, InvalidRequest, NotFound, problem_responses
 from app.experiments import answers, repository, service
 from app.experiments.assemble import (
     assemble_experiment,
     assemble_results,
-    experiment_path,
     rows_of,
     write_csv,
 )
 from app.experiments.schemas import ExperimentRequest
 from app.experiments.service import ExperimentWithAudits
+from app.experiments.standing import experiment_path
+from app.live.answers import EventData
+from app.live.events import EVENT_STREAM, LastEventId, check_for_more, events_of
+from app.live.snapshots import Kind, Thing
+from app.live.waiting import Wait, wait_for_news
 from app.pagination import Cursor, Limit, Page, cut_page, decode_cursor, encode_cursor, link_next
 
 CSV_TYPE = "text/csv; charset=utf-8"
@@ -97,6 +104,33 @@ def list_experiments(
     return Page(data=data, next_cursor=next_cursor, has_more=has_more)
 
 
+def _watched(
+    engine: EngineDep,
+    tenant: TenantDep,
+    experiment_id: ExperimentId,
+    last_event_id: LastEventId = None,
+) -> Thing:
+    with Session(engine) as session:
+        found = service.get_experiment(session, tenant=tenant, experiment_id=experiment_id)
+        check_for_more(last_event_id, version=found.version, is_final=found.state.is_final)
+    return Thing(Kind.EXPERIMENT, experiment_id)
+
+
+async def _news(
+    *,
+    engine: EngineDep,
+    watcher: WatcherDep,
+    tenant: TenantDep,
+    experiment_id: ExperimentId,
+    if_none_match: IfNoneMatch = None,
+    wait: Wait = None,
+) -> None:
+    """Wait, if asked to, until there is news of an experiment."""
+    if wait is not None:
+        thing = await run_in_threadpool(_watched, engine, tenant, experiment_id)
+        await wait_for_news(watcher, thing, seconds=wait, if_none_match=if_none_match)
+
+
 @router.get(
     "/{experiment_id}",
     summary="Get an experiment",
@@ -106,6 +140,7 @@ def list_experiments(
         **NOT_MODIFIED,
         **problem_responses(NotFound),
     },
+    dependencies=[Depends(_news)],
 )
 def get_experiment(
     response: Response,
@@ -121,6 +156,22 @@ def get_experiment(
         if is_unchanged(if_none_match, response.headers["ETag"]):
             return Response(status_code=304, headers=dict(response.headers))
         return assemble_experiment(found)
+
+
+@router.get(
+    "/{experiment_id}/events",
+    summary="Follow an experiment",
+    response_class=EventSourceResponse,
+    responses={**EVENT_STREAM, **problem_responses(NotFound)},
+)
+async def stream_experiment(
+    watcher: WatcherDep,
+    thing: Annotated[Thing, Depends(_watched)],
+    last_event_id: LastEventId = None,
+) -> AsyncIterator[EventData]:
+    """Follow an experiment by server-sent events, until all its audits have ended."""
+    async for event in events_of(watcher, thing, last_event_id):
+        yield event
 
 
 @router.post(

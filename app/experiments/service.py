@@ -22,6 +22,7 @@ from app.experiments import repository
 from app.experiments.models import Experiment, ExperimentState
 from app.experiments.rows import Cell
 from app.experiments.schemas import ExperimentRequest
+from app.experiments.standing import Standing
 from app.settings import Settings
 from app.work.models import Stage
 from app.work.repository import add_units, enter_state, request_cancel
@@ -40,20 +41,19 @@ class ExperimentWithAudits:
     audits: Sequence[Audit]
 
     @property
-    def state(self) -> ExperimentState:
+    def standing(self) -> Standing:
         """Where it stands, as its audits tell."""
-        states = {AuditState(audit.state) for audit in self.audits}
-        if not all(state.is_final for state in states):
-            return ExperimentState.RUNNING
-        for state in (AuditState.CANCELLED, AuditState.FAILED):
-            if state in states:
-                return ExperimentState(state.value)
-        return ExperimentState.SUCCEEDED
+        return Standing(self.experiment.id, self.audits)
+
+    @property
+    def state(self) -> ExperimentState:
+        """The state that its audits make."""
+        return self.standing.state
 
     @property
     def version(self) -> int:
         """A number that rises whenever something changes."""
-        return sum(audit.version for audit in self.audits)
+        return self.standing.version
 
     @property
     def finished_at(self) -> datetime | None:

@@ -20,6 +20,7 @@ from app.audits.models import Audit, IdempotencyKey, Ranking
 from app.db import transaction
 from app.jobs import QUEUES, queue_length, send_units, stages_of_queue
 from app.settings import Settings
+from app.webhooks.models import WebhookDelivery
 from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
 from app.work.repository import Failure, Owner, fail_owner, settle_cancel
 from app.work.retention import expire_influence
@@ -27,6 +28,7 @@ from app.work.retention import expire_influence
 RECONCILER_LOCK = 0x77_69_6E_6F
 IDEMPOTENCY_KEPT = timedelta(hours=24)
 HEARTBEAT_KEPT = timedelta(days=1)
+DELIVERIES_KEPT = timedelta(days=30)
 MAX_UNITS_PER_ROUND = 1000
 
 log = structlog.get_logger()
@@ -111,6 +113,9 @@ def _forget_old_rows(session: Session) -> None:
     )
     session.execute(
         delete(WorkerHeartbeat).where(WorkerHeartbeat.seen_at < func.now() - HEARTBEAT_KEPT)
+    )
+    session.execute(
+        delete(WebhookDelivery).where(WebhookDelivery.created_at < func.now() - DELIVERIES_KEPT)
     )
 
 
