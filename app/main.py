@@ -102,8 +102,8 @@ def create_app(
     api.state.engine = the_engine
     api.state.celery = the_celery
     api.state.sender = Sender(the_engine, the_celery)
-    api.state.watcher = Watcher(the_engine)
     api.state.counts = CountsCache()
+    api.state.watcher = Watcher(the_engine)
     api.include_router(health.router)
     for router in (
         audit_routes.router,

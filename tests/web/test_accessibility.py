@@ -33,6 +33,7 @@ def faults(page: Page) -> list[str]:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_page_shuts_anybody_out(
+    *,
     site: str,
     engine: Engine,
     settings: Settings,

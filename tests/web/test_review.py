@@ -94,7 +94,7 @@ class TestByKeyboard:
         page.keyboard.press("j")
         page.keyboard.press("e")
         page.get_by_label("Label", exact=True).select_option("positive")
-        page.get_by_role("button", name="Save").click()
+        page.get_by_role("button", name="Save", exact=True).click()
         expect(page.locator("tr[data-index]").first.locator("[data-who]")).to_contain_text(
             "positive"
         )
@@ -111,9 +111,10 @@ class TestByKeyboard:
         page.keyboard.press("Escape")
         page.get_by_label("Text contains").press_sequentially("jaxd")
         assert decisions(site, audit) == {}
-        page.locator("body").press("n")
+        page.get_by_label("Text contains").blur()
+        page.keyboard.press("n")
         page.wait_for_url("**from_rank=50**")
-        page.locator("body").press("p")
+        page.keyboard.press("p")
         page.wait_for_url("**before_rank=50**")
         assert page.locator("tr[data-index]").first.get_attribute("data-rank") == "0"
 
@@ -348,9 +349,37 @@ def test_from_a_file_to_a_review(
     expect(page.locator("#cut")).to_be_visible(timeout=240_000)  # by itself, when it is done
     page.get_by_label("Reviewer").fill("anna")
     page.get_by_label("Reviewer").blur()
+    rows = page.locator("tr[data-index]")
+    first, second, third = (int(rows.nth(i).get_attribute("data-index") or -1) for i in range(3))
     page.keyboard.press("j")
     page.keyboard.press("d")
-    expect(page.locator("[data-act=drop][aria-pressed=true]")).to_have_count(1)
+    page.keyboard.press("e")
+    page.get_by_label("Label", exact=True).select_option("pos")
+    page.get_by_role("button", name="Save", exact=True).click()
+    page.keyboard.press("d")
+    page.keyboard.press("u")  # the third is dropped by mistake
+    expect(page.get_by_text("Undone: drop")).to_be_visible()
+    expect(page.locator("[data-act][aria-pressed=true]")).to_have_count(2)
+
+    page.get_by_label("Text contains").fill("music")
+    page.get_by_role("button", name="Filter", exact=True).click()
+    page.wait_for_url("**search=music**")
+    page.get_by_role("button", name="Drop all…").click()
+    page.get_by_role("button", name="Decide").click()
+    expect(page.get_by_text("Done:")).to_be_visible()
+
+    page.get_by_text("Export", exact=True).click()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Cleaned data, by your decisions").click()
+    assert download.value.suggested_filename == "train-cleaned.csv"
+    lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [lines[0]]
+    for place, line in enumerate(lines[1:]):
+        if place == first or "music" in line:
+            continue
+        kept.append(line.rpartition(",")[0] + ",pos\n" if place == second else line)
+    assert third != first
+    assert Path(download.value.path()).read_text(encoding="utf-8") == "".join(kept)
     page.goto(site)
     expect(page.get_by_role("row", name="train.csv")).to_contain_text("succeeded")
     assert tab.complaints == []

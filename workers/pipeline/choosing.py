@@ -36,7 +36,7 @@ _SURE = 4.0
 FLATTERED = frozenset({EstimatorName.LOSS, EstimatorName.SELF_INFLUENCE})
 _TIED = 1e-9  # rounding
 # What tells the configurations of one audit apart.
-_PLACE = frozenset({"estimator", "layers", "aggregation", "correct_only"})
+_PLACE = {"estimator", "layers", "aggregation", "correct_only"}
 _NO_CANDIDATES = frozenset({EstimatorName.RANDOM, EstimatorName.ORACLE, EstimatorName.TRACIN})
 
 

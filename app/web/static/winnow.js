@@ -456,7 +456,11 @@ class Review {
     this.ask("Somebody else decided too", text, "", [
       ["Leave it", () => {}],
       ["Decide anyway", () => this.send(decision, { onDone, asOf })],
-      ["Reload theirs", () => attempt(() => this.refresh()), "primary"],
+      ["Reload theirs", () => attempt(async () => {
+        await this.refresh();
+        const row = this.rows.find((each) => decision.indices?.includes(Number(each.dataset.index)));
+        if (row) this.select(row); // the next one had come up already
+      }), "primary"],
     ]);
   }
 
