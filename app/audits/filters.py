@@ -1,8 +1,8 @@
 """Which samples of a ranking count: the filters of pages, of summaries and of decisions.
 
-Pages are read in the order of ranks. By construction scores rise with the rank, and the probability
-of being wrong falls; so a bound on either is also a bound on the rank, which one look into an index
-tells, and a page behind it starts there.
+Pages are read in the order of ranks. By construction scores rise with the rank, the probability of
+being wrong falls, and the first samples are the flagged ones; so each of these filters is also a
+bound on the rank, which one look into an index tells, and a page behind it starts there.
 """
 
 import struct
@@ -104,6 +104,8 @@ def _conditions(ranking: Ranking, filters: SuspectFilter) -> list[ColumnElement[
     found: list[ColumnElement[bool]] = []
     if filters.flagged is not None:
         found.append(RankedSample.flagged == filters.flagged)
+        number: int = ranking.summary["num_flagged"]
+        found.append(RankedSample.rank < number if filters.flagged else RankedSample.rank >= number)
     if filters.label is not None:
         found.append(RankedSample.given_label == filters.label)
     if filters.suggested_label is not None:

@@ -100,10 +100,9 @@ def decide(
         )
         if call is not None:
             call.claim(session, batch.id)
-        session.add(batch)
-        session.flush()
         counts = repository.store(session, batch, plan.samples)
         batch.num_changed = counts.num_changed
+        session.add(batch)
         audit.decision_version = batch.version
         audit.num_decided += counts.num_more
         audit.version += 1
