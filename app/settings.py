@@ -87,6 +87,11 @@ class Settings(BaseSettings):
         description="Networks that webhooks may call although they are not public, separated by "
         "','; for receivers in house.",
     )
+    webhook_ca_file: Path | None = Field(
+        None,
+        description="Certificates (PEM) that receivers of webhooks are checked against, in place "
+        "of the public ones; for receivers in house.",
+    )
     webhook_retry_seconds: float = Field(
         8,
         gt=0,

@@ -27,6 +27,7 @@ from app.catalogue import ESTIMATORS
 from app.datasets import routes as dataset_routes
 from app.experiments import routes as experiment_routes
 from app.settings import Settings
+from app.webhooks import routes as webhook_routes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,7 +58,7 @@ def test_every_setting_is_listed_with_its_default() -> None:
         if field.default in (None, ()):
             assert said in {"none", "an embedded server"}
         else:
-            assert said == str(field.default).replace("True", "true")
+            assert said == str(field.default).replace("True", "true").replace("False", "false")
 
 
 def test_every_option_of_a_request_is_listed_with_its_default() -> None:
@@ -102,6 +103,7 @@ def test_every_call_is_listed() -> None:
         ranking_routes.router,
         experiment_routes.router,
         dataset_routes.router,
+        webhook_routes.router,
         catalogue_routes.router,
         health.router,
     ]

@@ -79,7 +79,7 @@ class Hold:
         Raises:
             Stopped: the work must end now.
         """
-        if self._first_done is None:
+        if self._first_done is None or done < self._done:  # or another pass begins
             self._first_done, self._started = done, time.monotonic()
         self._report(done, total)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.sse import EventSourceResponse
 from sqlalchemy.orm import Session
 
 from app.audits import answers
@@ -38,6 +38,7 @@ from app.audits.schemas import RankingRequest
 from app.conditional import IfNoneMatch, entity_tag, is_unchanged
 from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep, WatcherDep
 from app.errors import Conflict, InvalidRequest, NotFound, RangeNotSatisfiable, problem_responses
+from app.live.answers import EventData
 from app.live.events import EVENT_STREAM, LastEventId, check_for_more, events_of
 from app.live.snapshots import Kind, Thing
 from app.live.waiting import Wait, wait_for_news
@@ -181,7 +182,7 @@ async def stream_ranking(
     watcher: WatcherDep,
     thing: Annotated[Thing, Depends(_watched)],
     last_event_id: LastEventId = None,
-) -> AsyncIterator[ServerSentEvent]:
+) -> AsyncIterator[EventData]:
     """Follow a ranking by server-sent events, until it has ended."""
     async for event in events_of(watcher, thing, last_event_id):
         yield event

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.sse import EventSourceResponse
 from pydantic import AwareDatetime
 from sqlalchemy.orm import Session
 
@@ -36,6 +36,7 @@ from app.audits.summaries import SuspectSummary, summarise
 from app.conditional import IfNoneMatch, entity_tag, is_unchanged
 from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep, WatcherDep
 from app.errors import Conflict, InvalidRequest, NotFound, RangeNotSatisfiable, problem_responses
+from app.live.answers import EventData
 from app.live.events import EVENT_STREAM, LastEventId, check_for_more, events_of
 from app.live.snapshots import Kind, Thing
 from app.live.waiting import Wait, wait_for_news
@@ -185,7 +186,7 @@ async def stream_audit(
     watcher: WatcherDep,
     thing: Annotated[Thing, Depends(_watched)],
     last_event_id: LastEventId = None,
-) -> AsyncIterator[ServerSentEvent]:
+) -> AsyncIterator[EventData]:
     """Follow an audit by server-sent events, until it has ended."""
     async for event in events_of(watcher, thing, last_event_id):
         yield event

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Path, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.sse import EventSourceResponse
 from sqlalchemy.orm import Session
 
 from app.audits.documented import (
@@ -29,6 +29,7 @@ from app.experiments.assemble import (
 from app.experiments.schemas import ExperimentRequest
 from app.experiments.service import ExperimentWithAudits
 from app.experiments.standing import experiment_path
+from app.live.answers import EventData
 from app.live.events import EVENT_STREAM, LastEventId, check_for_more, events_of
 from app.live.snapshots import Kind, Thing
 from app.live.waiting import Wait, wait_for_news
@@ -167,7 +168,7 @@ async def stream_experiment(
     watcher: WatcherDep,
     thing: Annotated[Thing, Depends(_watched)],
     last_event_id: LastEventId = None,
-) -> AsyncIterator[ServerSentEvent]:
+) -> AsyncIterator[EventData]:
     """Follow an experiment by server-sent events, until all its audits have ended."""
     async for event in events_of(watcher, thing, last_event_id):
         yield event

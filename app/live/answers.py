@@ -24,3 +24,7 @@ class Done(Progress):
     """The data of the last event, `done`."""
 
     links: dict[str, str] = Field(description="The paths that make sense now.")
+
+
+EventData = Progress | Done
+"""What OpenAPI says of the events."""

@@ -53,8 +53,11 @@ def install_end_of_streams(api: FastAPI) -> None:
 
 async def events_of(
     watcher: Watcher, thing: Thing, last_event_id: str | None
-) -> AsyncIterator[ServerSentEvent]:
-    """Yield what a thing becomes, from behind the last event that the caller has seen."""
+) -> AsyncIterator[Any]:
+    """Yield what a thing becomes, from behind the last event that the caller has seen.
+
+    They are ServerSentEvents; routes say that they yield the data, which OpenAPI then describes.
+    """
     async with aclosing(watcher.snapshots(thing)) as snapshots:
         async for snapshot in snapshots:
             if str(snapshot.version) == last_event_id:

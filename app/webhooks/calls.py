@@ -114,6 +114,8 @@ class Caller:
         body = orjson.dumps(call.payload)
         with policy_of(self._settings).get_antissrf_session() as session:
             session.trust_env = False  # a proxy would look the name up again; nor netrc's passwords
+            if self._settings.webhook_ca_file is not None:
+                session.verify = str(self._settings.webhook_ca_file)
             for adapter in session.adapters.values():
                 deadline.watch(adapter)
             with session.post(

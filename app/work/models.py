@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import (
     ARRAY,
+    REAL,
     CheckConstraint,
     ForeignKey,
     Index,
@@ -68,6 +69,7 @@ class WorkUnit(Base):
     sent_at: Mapped[datetime | None]
     done: Mapped[int] = mapped_column(default=0)
     total: Mapped[int] = mapped_column(default=1)
+    samples_per_second: Mapped[float | None] = mapped_column(REAL)
     result: Mapped[dict[str, Any]] = mapped_column(default=dict)
     last_error: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -16,9 +16,14 @@ from app.audits.models import Audit, AuditState, Ranking, RankingState
 from app.db import new_id, transaction
 from app.webhooks.outbox import owe_end
 from app.work.models import Stage, UnitState, WorkUnit
-from app.work.stages import STATE_OF_STAGE, next_stage, num_units, overall_progress
-
-_LEAST_PROGRESS_FOR_ETA = 0.05  # an estimate from less is a guess
+from app.work.stages import (
+    STATE_OF_STAGE,
+    busy_seconds,
+    next_stage,
+    num_units,
+    overall_progress,
+    seconds_left,
+)
 
 Owner = Audit | Ranking
 """Whose unit it is: an audit that runs, or a ranking of an audit that has ended."""
@@ -81,10 +86,14 @@ def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> 
         unit.owner = owner
         unit.lease_until = _lease_end(lease_seconds)
         unit.started_at = unit.started_at or func.now()
+        unit.samples_per_second = None
         stage = Stage(unit.stage)
         if isinstance(owner_row, Audit):
             enter_state(owner_row, STATE_OF_STAGE[stage])
-            owner_row.stage = stage
+            owner_row.busy_until = owner_row.busy_until or func.now()
+            if owner_row.stage != stage:
+                owner_row.stage = stage
+                owner_row.samples_per_second = None
         else:
             enter_ranking_state(owner_row, RankingState.RUNNING)
         return Claim(
@@ -121,12 +130,13 @@ def renew(
         unit.lease_until = _lease_end(lease_seconds)
         unit.done = done
         unit.total = total
+        unit.samples_per_second = samples_per_second
         if isinstance(owner, Ranking):
             owner.progress = max(owner.progress, min(1.0, done / max(total, 1)))
             owner.version += 1
             return False
         session.flush()
-        _report_progress(session, owner, held.stage, samples_per_second)
+        _report_progress(session, owner, held.stage)
         return is_cancelling(owner)
 
 
@@ -157,7 +167,7 @@ def complete(session: Session, held: Claim, *, result: dict[str, Any]) -> list[s
 
 def _go_on(session: Session, audit: Audit, held: Claim) -> list[str]:
     """Open an audit's next stage, or end it, when the unit was the last of its stage."""
-    _report_progress(session, audit, held.stage, None)
+    _report_progress(session, audit, held.stage)
     open_units = select(func.count()).where(
         WorkUnit.audit_id == audit.id,
         WorkUnit.stage == held.stage,
@@ -282,6 +292,7 @@ def finish(audit: Audit, state: AuditState) -> None:
     audit.finished_at = func.now()
     audit.stage = None
     audit.eta_seconds = None
+    audit.samples_per_second = None
 
 
 def enter_state(audit: Audit, state: AuditState) -> None:
@@ -375,20 +386,23 @@ def _withdraw_units(session: Session, owner: Owner, *, states: tuple[UnitState, 
     )
 
 
-def _report_progress(
-    session: Session, audit: Audit, stage: Stage, samples_per_second: float | None
-) -> None:
-    fraction = session.scalar(
-        select(func.avg(WorkUnit.done * 1.0 / func.greatest(WorkUnit.total, 1))).where(
-            WorkUnit.audit_id == audit.id, WorkUnit.stage == stage
-        )
-    )
+def _report_progress(session: Session, audit: Audit, stage: Stage) -> None:
+    """Add up what the units of a stage tell: how far they are, and how fast all together."""
+    share_of_unit = func.least(1.0, WorkUnit.done * 1.0 / func.greatest(WorkUnit.total, 1))
+    is_running = WorkUnit.state == UnitState.RUNNING
+    fraction, speed, now = session.execute(
+        select(
+            func.avg(share_of_unit),
+            func.sum(WorkUnit.samples_per_second).filter(is_running),
+            func.now(),
+        ).where(WorkUnit.audit_id == audit.id, WorkUnit.stage == stage)
+    ).one()
     progress = overall_progress(audit.request, stage, float(fraction or 0.0))
+    # a unit that is done again begins from its start; what was told stands until it is further
     audit.progress = max(audit.progress, progress)
-    started = audit.state_times.get(AuditState.PREPARING)
-    if started and progress > _LEAST_PROGRESS_FOR_ETA:
-        elapsed = (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds()
-        audit.eta_seconds = elapsed * (1 - progress) / progress
-    if samples_per_second is not None:
-        audit.samples_per_second = samples_per_second
+    audit.busy_seconds = busy_seconds(audit.busy_seconds, since=audit.busy_until, now=now)
+    audit.busy_until = now
+    audit.eta_seconds = seconds_left(audit.busy_seconds, audit.progress)
+    # between two units nobody tells a speed; the last one is nearer to the truth than none
+    audit.samples_per_second = speed if speed is not None else audit.samples_per_second
     audit.version += 1

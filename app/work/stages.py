@@ -1,6 +1,7 @@
 """Which stages an audit goes through, and what each is worth on the progress bar."""
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from app.audits.automatic import computed_estimators, needs_probes
@@ -38,6 +39,9 @@ _WEIGHT = {
     Stage.VERIFY: 1.0,
     Stage.CONCLUDE: 0.01,
 }
+
+_LONGEST_PAUSE_SECONDS = 30.0  # heartbeats come every few seconds; a longer silence is no work
+_LEAST_PROGRESS_FOR_ETA = 0.05  # an estimate from less is a guess
 
 
 def stages_of(request: Mapping[str, Any]) -> list[Stage]:
@@ -99,3 +103,21 @@ def overall_progress(request: Mapping[str, Any], stage: Stage, fraction: float) 
     stages = stages_of(request)
     before = sum(weight(earlier) for earlier in stages[: stages.index(stage)])
     return min(1.0, (before + fraction * weight(stage)) / sum(map(weight, stages)))
+
+
+def busy_seconds(before: float, *, since: datetime | None, now: datetime) -> float:
+    """Return how long an audit has been worked on, with the time since its last sign of life.
+
+    A night in which the service was off, or another audit had the workers, is no work: it would
+    make a guess of the time left many times too long.
+    """
+    if since is None:
+        return before
+    return before + min(max(0.0, (now - since).total_seconds()), _LONGEST_PAUSE_SECONDS)
+
+
+def seconds_left(busy: float, progress: float) -> float | None:
+    """Return how much longer an audit takes if it goes on as it did; None for too little."""
+    if progress < _LEAST_PROGRESS_FOR_ETA:
+        return None
+    return busy * (1 - progress) / progress

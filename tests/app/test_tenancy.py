@@ -18,6 +18,7 @@ from app.experiments.models import Experiment
 from app.keys.models import ApiKey
 from app.keys.service import create_key, revoke_key
 from app.settings import Settings
+from app.webhooks.models import Webhook, WebhookDelivery
 from tests.factories import (
     CSV_TABLE,
     experiment_body,
@@ -32,6 +33,8 @@ from tests.factories import (
 
 PUBLIC = {"/healthz", "/readyz"}
 NOT_ABOUT_A_THING = {"/v1/estimators", "/v1/aggregations"}
+MAKES_THINGS = {("POST", path) for path in ("/v1/audits", "/v1/experiments", "/v1/webhooks")}
+WEBHOOK = {"url": "https://example.com/"}
 
 
 def routes(api: FastAPI) -> Iterator[tuple[str, str]]:
@@ -63,13 +66,18 @@ def owned(client: TestClient, engine: Engine, settings: Settings) -> list[dict[s
         {"audit_id": audit, "ranking_id": ranking, "dataset_id": dataset, "batch_id": batch}
         for audit, ranking in things
     ]
+    webhook = client.post("/v1/webhooks", json=WEBHOOK).json()["id"]
+    delivery = client.post(f"/v1/webhooks/{webhook}/test").json()["id"]
+    shared = {"webhook_id": webhook, "delivery_id": delivery}
     names = [experiments[place % 2]["id"] for place in range(len(ids))]
-    return [each | {"experiment_id": name} for each, name in zip(ids, names, strict=True)]
+    return [each | shared | {"experiment_id": name} for each, name in zip(ids, names, strict=True)]
 
 
 def everything(engine: Engine) -> list[set[tuple[str, str]]]:
     with Session(engine) as session:
         rows = [(row.id, row.state) for row in (*session.query(Audit), *session.query(Ranking))]
+        rows += [(row.id, row.secret) for row in session.query(Webhook)]
+        rows += [(row.id, row.state) for row in session.query(WebhookDelivery)]
         things = [*session.query(Dataset), *session.query(Experiment)]
         batches = {(batch.id, str(batch.undone_at)) for batch in session.query(DecisionBatch)}
         return [set(rows), {(thing.id, "") for thing in things}, batches]
@@ -80,6 +88,8 @@ def call(client: TestClient, method: str, path: str, ids: dict[str, str]) -> tup
     body = {"json": request_body()} if path == "/v1/audits" and method == "POST" else {}
     if path == "/v1/experiments" and method == "POST":
         body = {"json": experiment_body()}
+    if path == "/v1/webhooks" and method == "POST":
+        body = {"json": WEBHOOK}
     if path.endswith("/rankings") and method == "POST":
         body = {"json": {"estimator": "grad_cosine"}}
     if "/decisions" in path and method == "POST" and not path.endswith("/undo"):
@@ -100,9 +110,9 @@ def test_a_stranger_walks_every_route_and_sees_nothing(
         (method, path, *call(stranger, method, path, ids))
         for ids in owned
         for method, path in routes(api)
-        if (method, path) not in {("POST", "/v1/audits"), ("POST", "/v1/experiments")}
+        if (method, path) not in MAKES_THINGS
     ]
-    assert len(walked) >= 3 * 22
+    assert len(walked) >= 3 * 33
     for method, path, status, text in walked:
         named = f"{method} {path}: {status} {text}"
         if "{" in path:

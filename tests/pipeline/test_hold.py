@@ -162,3 +162,19 @@ def test_leaving_the_hold_ends_its_thread(place: Workplace, claim: Claim) -> Non
         assert hold._thread.is_alive()
     assert not hold._thread.is_alive()
     assert lease_of(place, claim) > datetime.now(UTC)
+
+
+def test_a_pass_that_begins_anew_tells_its_own_speed(place: Workplace, claim: Claim) -> None:
+    """Never a negative one, and none where no samples are counted."""
+    with hold_of(place, claim) as hold:
+        hold.tick(0, 100)
+        time.sleep(0.01)
+        hold.tick(90, 100)
+        assert (hold._samples_per_second() or 0) > 0
+        hold.tick(0, 50)
+        assert hold._samples_per_second() is None
+        time.sleep(0.01)
+        hold.tick(10, 50)
+        assert (hold._samples_per_second() or 0) > 0
+        hold.step(1, 2)
+        assert hold._samples_per_second() is None

@@ -320,3 +320,17 @@ def test_related_samples_are_numbered_as_in_the_validation_file(tmp_path: Path) 
             )
     for name in ("self_influence", "outlier_gradient", "loss"):
         assert files.scorer().find_related(ESTIMATORS[name], layers="all") is None
+
+
+def test_what_follows_the_scores_tells_of_no_progress(tmp_path: Path) -> None:
+    """Nobody is told of the end before there is one, or sent back."""
+    files = ScoreFiles(tmp_path, estimators=["grad_dot"])
+    told: list[float] = []
+    scorer = files.scorer(tick=lambda done, total: told.append(done / total))
+    estimator, ranking = ESTIMATORS["grad_dot"], Configuration(estimator="grad_dot")
+    scorer.score_rankings(estimator, [ranking])
+    assert set(told) == {0.0}
+    scorer.score_all([estimator], aggregations=["mean"], ranking=ranking)
+    scorer.find_related(estimator, layers="all")
+    assert told == sorted(told)
+    assert told[-1] == 1.0

@@ -1,9 +1,13 @@
 """One call to a receiver: signed, to checked addresses only, and bounded whatever comes back."""
 
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +119,52 @@ def test_a_stop_breaks_calls_off(settings: Settings, receiver: Receiver) -> None
     assert outcome.error is not None
     assert time.monotonic() - started < 3
     timer.join()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make certificates")
+class TestTls:
+    """The number that was checked is called, but the certificate must be the name's."""
+
+    @pytest.fixture
+    def certificate(self, tmp_path: Path) -> Path:
+        """A certificate of localhost with its key, in one file."""
+        key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+        make = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
+        names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key)]
+        subprocess.run(
+            [*make.split(), *names, "-out", str(certificate)], check=True, capture_output=True
+        )
+        certificate.write_bytes(certificate.read_bytes() + key.read_bytes())
+        return certificate
+
+    @pytest.fixture
+    def encrypted(self, receiver: Receiver, certificate: Path) -> Receiver:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        receiver.socket = context.wrap_socket(receiver.socket, server_side=True)
+        return receiver
+
+    @pytest.fixture
+    def settings(self, settings: Settings, certificate: Path) -> Settings:
+        update = {"webhook_plain_http": False, "webhook_ca_file": certificate}
+        return settings.model_copy(update=update)
+
+    def test_a_name_with_its_certificate_is_called(
+        self, settings: Settings, encrypted: Receiver
+    ) -> None:
+        outcome = call(settings, f"https://localhost:{encrypted.port}/hook")
+        assert outcome.error is None
+        assert encrypted.received[0].verify(SECRET) == PAYLOAD
+
+    @pytest.mark.parametrize("is_known", [True, False])
+    def test_another_name_or_an_unknown_certificate_is_not(
+        self, settings: Settings, encrypted: Receiver, is_known: bool
+    ) -> None:
+        host = "127.0.0.1" if is_known else "localhost"
+        trusting = settings if is_known else settings.model_copy(update={"webhook_ca_file": None})
+        outcome = call(trusting, f"https://{host}:{encrypted.port}/hook")
+        assert (outcome.error or "").startswith("TLS failed: ")
+        assert encrypted.received == []
 
 
 class TestAddressesInside:

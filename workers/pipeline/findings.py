@@ -67,6 +67,8 @@ class Findings:
         label_T = self.train.label_T
         if probed is not None:
             label_T = probed.label_T
+        # of an unknown number of passes over the probed set, the only truth is that work goes on
+        tick = context.hold.step if probed is None else lambda *_: context.hold.keep_alive()
         confidence_T = None
         if self.out_of_sample is not None:
             confidence_T = self.out_of_sample.train_TC.gather(1, label_T[:, None])[:, 0]
@@ -80,7 +82,7 @@ class Findings:
             confidence_T=confidence_T,
             probed=probed,
             seed=context.request.seed,
-            tick=context.hold.step,
+            tick=tick,
         )
 
     def probed(self, context: StageContext) -> ProbedSet:

@@ -124,7 +124,8 @@ class Scorer:
     ) -> None:
         self._artifacts, self._facts, self._layout = artifacts, facts, layout
         self._validation, self._num_checkpoints = validation, num_checkpoints
-        self._is_noisy_T, self._seed, self._tick = is_noisy_T, seed, tick
+        self._is_noisy_T, self._seed, self._report = is_noisy_T, seed, tick
+        self._told = (0, 1)
         self._confidence_T, self._probed = confidence_T, probed
 
     def score_all(
@@ -223,7 +224,7 @@ class Scorer:
                 list(dict.fromkeys(str(ranking.aggregation) for ranking in members)),
                 ranking=members[0],
                 choices=sorted({_is_correct_only(estimator, ranking) for ranking in members}),
-                tick=lambda _: self._tick(1, 1),
+                tick=lambda _: self._keep_alive(),
             )
         return [
             self._facts.spread(
@@ -252,8 +253,15 @@ class Scorer:
             self._facts,
             rows=self._layout.groups_of(estimator, layers)[layers],
             index_V=self._columns(estimator),
-            keep_alive=lambda: self._tick(1, 1),
+            keep_alive=self._keep_alive,
         )
+
+    def _tick(self, done: int, total: int) -> None:
+        self._told = done, total
+        self._report(done, total)
+
+    def _keep_alive(self) -> None:
+        self._report(*self._told)
 
     def _groups(
         self,

@@ -105,7 +105,7 @@ def read_completions(context: StageContext, table: Table, *, scratch: Path) -> T
     def completions() -> Iterator[pa.RecordBatch]:
         for batch in read_batches(context, table):
             noisy.extend(batch["is_noisy"].to_pylist())
-            context.hold.tick(0, 1)
+            context.hold.keep_alive()
             if planted is not None:
                 texts = _completions(batch, table)
                 digests.extend(_digest(text) for text in texts)
@@ -144,7 +144,7 @@ def _read_labels(context: StageContext, table: Table) -> tuple[list[Label], Tens
     for batch in read_batches(context, table):
         labels += batch["label"].to_pylist()
         noisy += batch["is_noisy"].to_pylist()
-        context.hold.tick(0, 1)
+        context.hold.keep_alive()
     _check_rows(len(labels), table)
     return labels, _known_noise(noisy, table)
 

@@ -250,7 +250,7 @@ def _fit_classes(
         for module, rows in enumerate(collected.rows):
             if isinstance(rows, SparseRows):
                 continue
-            context.hold.tick(module, len(collected.rows))
+            context.hold.keep_alive()
             tensors = estimator.fit(
                 gram_VV=rows.dot(rows),
                 norm_V=rows.squared_norm().sqrt(),
