@@ -82,7 +82,7 @@ class Audit(Base):
     progress: Mapped[float] = mapped_column(REAL, default=0.0)
     samples_per_second: Mapped[float | None] = mapped_column(REAL)
     eta_seconds: Mapped[float | None] = mapped_column(REAL)
-    busy_seconds: Mapped[float] = mapped_column(REAL, default=0.0, server_default=text("0"))
+    busy_seconds: Mapped[float] = mapped_column(REAL, default=0.0, server_default=sql("0"))
     busy_until: Mapped[datetime | None]
 
     num_train: Mapped[int | None]
