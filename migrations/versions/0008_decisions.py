@@ -106,9 +106,10 @@ def upgrade() -> None:
         postgresql_where=sa.text("before_id IS NOT NULL"),
     )
     for table, of, key in TRIGGERS:
+        forget = f"DELETE FROM {table} WHERE {key} = OLD.id"  # noqa: S608  names of our own
         op.execute(
             f"CREATE FUNCTION forget_{table}() RETURNS trigger LANGUAGE plpgsql AS "
-            f"$$ BEGIN DELETE FROM {table} WHERE {key} = OLD.id; RETURN NULL; END $$"  # noqa: S608  names of our own
+            f"$$ BEGIN {forget}; RETURN NULL; END $$"
         )
         op.execute(
             f"CREATE TRIGGER forget_{table} AFTER DELETE ON {of} "

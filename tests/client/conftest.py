@@ -1,11 +1,15 @@
 """Small services whose every answer the test decides, on loopback."""
 
+import logging
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
 
 import pytest
+import structlog
 import uvicorn
 from celery import Celery
 from sqlalchemy import Engine
@@ -14,7 +18,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
-from winnow import Client
+from typer.testing import CliRunner, Result
+from winnow import Client, connection
+from winnow.cli import make_app
+from winnow.commands import findings
 
 from app.keys.service import create_key
 from app.main import create_app
@@ -121,3 +128,25 @@ def api_key(engine: Engine) -> str:
 def client(url: str, api_key: str) -> Iterator[Client]:
     with Client(url, api_key, attempts=2) as client:
         yield client
+
+
+Winnow = Callable[..., Result]
+
+
+@pytest.fixture
+def winnow(url: str, api_key: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Winnow]:
+    """Runs the command against the real application; only the service is asked by its doctor."""
+    monkeypatch.setattr(findings, "_checks", {})
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: ())
+    monkeypatch.setattr(connection, "FIRST_PAUSE_SECONDS", 0.001)
+    environment = {"WINNOW_URL": url, "WINNOW_API_KEY": api_key, "COLUMNS": "120"}
+
+    def run(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(
+            make_app(), [str(argument) for argument in arguments], env=environment
+        )
+
+    # The service's log would be printed among the command's answers: it runs in this process.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield run
+    structlog.reset_defaults()

@@ -169,7 +169,9 @@ def _tell(session: Session, error: "WinnowError") -> NoReturn:
     lines = [str(error)]
     told = error.detail or ""
     lines += [
-        f"  {item.pointer}: {item.detail}" for item in error.errors if item.detail not in told
+        f"  {item.pointer}: {item.detail}"
+        for item in error.errors
+        if not (item.pointer in told or (item.detail in told and len(error.errors) == 1))
     ]
     if error.status == 401:  # noqa: PLR2004
         lines.append("Pass a key with --api-key or WINNOW_API_KEY; `winnow keys create` makes one.")

@@ -20,11 +20,11 @@ from winnow.results.datasets import Dataset
 from winnow.results.decisions import (
     DecisionBatch,
     DecisionPreview,
-    LabelPair,
+    Histogram,
+    LabelCell,
     Precision,
     PrecisionAt,
     SampleDecision,
-    ScoreHistogram,
     SuspectSummary,
 )
 from winnow.results.events import Done, Progress
@@ -82,8 +82,9 @@ __all__ = [
     "ExperimentResults",
     "FileFormat",
     "GroupStanding",
+    "Histogram",
     "Kept",
-    "LabelPair",
+    "LabelCell",
     "LayerResult",
     "LayerTable",
     "Level",
@@ -105,7 +106,6 @@ __all__ = [
     "ResultRow",
     "SampleDecision",
     "SampleDetail",
-    "ScoreHistogram",
     "SeedValues",
     "Suspect",
     "SuspectPage",

@@ -65,15 +65,15 @@ class Precision(Result):
     at: list[PrecisionAt]
 
 
-class LabelPair(Result):
+class LabelCell(Result):
     """How many samples with a given label have a suggested one."""
 
-    given_label: str | None
+    given_label: str
     suggested_label: str | None
     count: int
 
 
-class ScoreHistogram(Result):
+class Histogram(Result):
     """How the scores are spread: one more edge than there are counts."""
 
     edges: list[float]
@@ -84,8 +84,9 @@ class ScoreHistogram(Result):
 class SuspectSummary(Result):
     """What a filter of the suspects matches, counted."""
 
+    ranking_id: str
     num_matching: int
     num_undecided: int
-    matrix: list[LabelPair]
+    matrix: list[LabelCell]
     by_decision: dict[str, int]
-    histogram: ScoreHistogram
+    histogram: Histogram
