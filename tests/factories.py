@@ -300,7 +300,9 @@ def make_ranking(
         if settings is None:
             return ranking
         session.execute(update(WorkUnit).values(state="done").where(WorkUnit.stage == "rank"))
-        rows = [_suspect(rank, rank) for rank in range(audit.num_train or 0)]
+        rows = [
+            _suspect(rank, rank) | {"flagged": rank < 1} for rank in range(audit.num_train or 0)
+        ]
         folder = audit_folder(settings.data_dir, audit.id) / ranking.folder
         ranking.summary = {
             "num_flagged": 1,

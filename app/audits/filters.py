@@ -1,8 +1,8 @@
 """Which samples of a ranking count: the filters of pages, of summaries and of decisions.
 
-Pages are read in the order of ranks. By construction scores rise with the rank, and the probability
-of being wrong falls; so a bound on either is also a bound on the rank, which one look into an index
-tells, and a page behind it starts there.
+Pages are read in the order of ranks. By construction scores rise with the rank, the probability of
+being wrong falls, and the first samples are the flagged ones; so each of these filters is also a
+bound on the rank, which one look into an index tells, and a page behind it starts there.
 """
 
 import struct
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from sqlalchemy import ColumnElement, Select, and_, func, or_, select
+from sqlalchemy import CTE, ColumnElement, Select, and_, false, or_, select
 from sqlalchemy.orm import InstrumentedAttribute
 
 from app.audits.models import RankedSample, Ranking, TrainingSample
@@ -46,10 +46,11 @@ class SuspectFilter(BaseModel):
     search: Search = Field(
         None,
         description="Only samples whose text or second text holds this, whatever the case. Every "
-        "text is looked at: about 2 seconds a million where little is found.",
+        "text is looked at: some seconds a million where little is found.",
     )
     decision: Annotated[list[DecisionState], BeforeValidator(_listed)] | None = Field(
         None,
+        min_length=1,
         max_length=6,
         description="Only samples with one of these decisions; none: undecided, any: decided.",
     )
@@ -93,17 +94,28 @@ def matching(
         with_decision: join the decision, where there is one.
     """
     statement = select(*columns).select_from(RankedSample)
+    statement = statement.where(RankedSample.ranking_id == ranking.id)
     if with_sample or filters.search is not None:
         statement = statement.join(TrainingSample, is_sample_of(ranking))
-    if with_decision or filters.decision is not None:
+    states = filters.decision or []
+    if with_decision:
         statement = statement.outerjoin(Decision, is_decision_of(ranking))
-    return statement.where(RankedSample.ranking_id == ranking.id, *_conditions(ranking, filters))
+        statement = statement.where(_is_decided(states)) if states else statement
+    elif "none" in states:
+        others = _decided_otherwise(ranking, states)
+        is_other = others.c.sample_index == RankedSample.sample_index
+        statement = statement.outerjoin(others, is_other).where(others.c.sample_index.is_(None))
+    elif states:
+        statement = statement.join(Decision, is_decision_of(ranking)).where(_is_decided(states))
+    return statement.where(*_conditions(ranking, filters))
 
 
 def _conditions(ranking: Ranking, filters: SuspectFilter) -> list[ColumnElement[bool]]:
     found: list[ColumnElement[bool]] = []
     if filters.flagged is not None:
         found.append(RankedSample.flagged == filters.flagged)
+        number: int = ranking.summary["num_flagged"]
+        found.append(RankedSample.rank < number if filters.flagged else RankedSample.rank >= number)
     if filters.label is not None:
         found.append(RankedSample.given_label == filters.label)
     if filters.suggested_label is not None:
@@ -124,8 +136,6 @@ def _conditions(ranking: Ranking, filters: SuspectFilter) -> list[ColumnElement[
                 TrainingSample.text_pair.ilike(pattern, escape="\\"),
             )
         )
-    if filters.decision is not None:
-        found.append(_is_decided(filters.decision))
     return found
 
 
@@ -165,12 +175,24 @@ def _escaped(text: str) -> str:
 
 
 def _is_decided(states: Sequence[DecisionState]) -> ColumnElement[bool]:
-    actions = set(states) - {"none", "any"}
-    either: list[ColumnElement[bool]] = []
+    """Tell whether what stands on a sample is one of these states."""
+    is_one = Decision.action.is_not(None)
+    if "any" not in states:
+        is_one = Decision.action.in_(sorted(set(states) - {"none"}))
+    return or_(is_one, Decision.action.is_(None)) if "none" in states else is_one
+
+
+def _decided_otherwise(ranking: Ranking, states: Sequence[DecisionState]) -> CTE:
+    """Return the samples whose decision is none of these states, one of which is none.
+
+    As a set of its own: where the first half of a ranking is decided, asking sample by sample for
+    the first page of what is not takes seconds.
+    """
+    others = select(Decision.sample_index).where(
+        Decision.audit_id == ranking.audit_id, Decision.action.is_not(None)
+    )
     if "any" in states:
-        either.append(Decision.action.is_not(None))
-    elif actions:
-        either.append(Decision.action.in_(sorted(actions)))
-    if "none" in states:
-        either.append(Decision.action.is_(None))
-    return or_(*either) if either else func.false()
+        others = others.where(false())
+    elif len(states) > 1:
+        others = others.where(Decision.action.not_in(sorted(set(states) - {"none"})))
+    return others.cte("decided_otherwise").prefix_with("MATERIALIZED")

@@ -146,21 +146,27 @@ def list_suspects(
     limit: int,
     after_rank: int | None = None,
 ) -> Sequence[SuspectRow]:
-    """Return ranked samples in order, one more than `limit` when there are more."""
-    statement = _suspects(ranking, filters)
+    """Return ranked samples in order, one more than `limit` when there are more.
+
+    The places are found first, so that nothing else is read of samples that are passed over.
+    """
+    places = matching(ranking, filters, RankedSample.rank)
     if after_rank is not None:
-        statement = statement.where(RankedSample.rank > after_rank)
-    return session.execute(statement.order_by(RankedSample.rank).limit(limit + 1)).all()
+        places = places.where(RankedSample.rank > after_rank)
+    found = places.order_by(RankedSample.rank).limit(limit + 1).subquery()
+    statement = _suspects(ranking).join(found, found.c.rank == RankedSample.rank)
+    return session.execute(statement.order_by(RankedSample.rank)).all()
 
 
-def _suspects(ranking: Ranking, filters: SuspectFilter) -> Select[Any]:
+def _suspects(ranking: Ranking) -> Select[Any]:
     columns = (RankedSample, TrainingSample, Decision)
-    return matching(ranking, filters, *columns, with_sample=True, with_decision=True)
+    everything = SuspectFilter()
+    return matching(ranking, everything, *columns, with_sample=True, with_decision=True)
 
 
 def find_sample(session: Session, ranking: Ranking, index: int) -> SuspectRow | None:
     """Return one training sample by its row in the training file, with the evidence."""
-    statement = _suspects(ranking, SuspectFilter()).where(RankedSample.sample_index == index)
+    statement = _suspects(ranking).where(RankedSample.sample_index == index)
     statement = statement.options(Load(TrainingSample).undefer_group(EVIDENCE))
     return session.execute(statement).one_or_none()
 

@@ -1,4 +1,8 @@
-"""Tables of decisions: what stands now, and what each batch changed."""
+"""Tables of decisions: what stands now, and what each batch changed.
+
+The two tables that have a row a sample have no foreign keys, whose check of every row would take
+most of the time of a batch. Triggers delete their rows with the audit, and with the batch.
+"""
 
 from datetime import datetime
 from enum import StrEnum
@@ -21,6 +25,7 @@ class Action(StrEnum):
     EDIT = "edit"
 
 
+CLEAR = "clear"  # of a batch: takes back what was decided
 ACTIONS = ", ".join(f"'{action}'" for action in Action)
 
 
@@ -70,9 +75,7 @@ class Decision(Base):
 
     __tablename__ = "decisions"
 
-    audit_id: Mapped[str] = mapped_column(
-        ForeignKey("audits.id", ondelete="CASCADE"), primary_key=True
-    )
+    audit_id: Mapped[str] = mapped_column(primary_key=True)
     sample_index: Mapped[int] = mapped_column(primary_key=True)
     action: Mapped[str | None]
     label: Mapped[str | None]
@@ -99,9 +102,7 @@ class DecisionChange(Base):
 
     __tablename__ = "decision_changes"
 
-    batch_id: Mapped[str] = mapped_column(
-        ForeignKey(DecisionBatch.id, ondelete="CASCADE"), primary_key=True
-    )
+    batch_id: Mapped[str] = mapped_column(primary_key=True)
     sample_index: Mapped[int] = mapped_column(primary_key=True)
     action: Mapped[str | None]
     label: Mapped[str | None]

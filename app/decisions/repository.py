@@ -9,12 +9,17 @@ from typing import Any
 
 from sqlalchemy import (
     ARRAY,
+    CTE,
     ColumnElement,
+    Insert,
     Integer,
     Row,
     Select,
+    String,
+    Text,
     and_,
     any_,
+    cast,
     exists,
     func,
     insert,
@@ -22,6 +27,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    text,
     tuple_,
     update,
 )
@@ -30,8 +36,9 @@ from sqlalchemy.orm import Session, aliased
 
 from app.audits.filters import SuspectFilter, matching
 from app.audits.models import RankedSample, Ranking, TrainingSample
-from app.decisions.models import Action, Decision, DecisionBatch, DecisionChange
+from app.decisions.models import CLEAR, Action, Decision, DecisionBatch, DecisionChange
 
+_SAMPLE = (RankedSample.sample_index, RankedSample.suggested_label)
 _SAID = ("action", "label", "text", "reviewer", "decided_at", "version")
 
 
@@ -51,11 +58,11 @@ class Counts:
 def samples_of(
     ranking: Ranking, *, indices: Sequence[int] | None, filters: SuspectFilter | None
 ) -> Select[Any]:
-    """Return a query of the samples that are named, or match: their indices."""
+    """Return a query of the samples that are named, or match: index and suggested label."""
     if filters is not None:
-        return matching(ranking, filters, RankedSample.sample_index)
+        return matching(ranking, filters, *_SAMPLE)
     is_named = RankedSample.sample_index == any_(literal(list(indices or ()), ARRAY(Integer)))
-    return matching(ranking, SuspectFilter(), RankedSample.sample_index).where(is_named)
+    return matching(ranking, SuspectFilter(), *_SAMPLE).where(is_named)
 
 
 def has_suggestion(ranking: Ranking) -> ColumnElement[bool]:
@@ -98,70 +105,71 @@ def conflicts(
 
 
 def store(session: Session, batch: DecisionBatch, samples: Select[Any]) -> Counts:
-    """Note what stood on the samples, and put the batch's decision there."""
+    """Note what stood on the samples, and put the batch's decision there, in one statement.
+
+    In the order of the samples: so rows and indexes grow at their ends.
+    """
     of = samples.subquery()
-    before = select(
-        literal(batch.id),
-        of.c.sample_index,
-        *(getattr(Decision, name) for name in _SAID),
-        Decision.batch_id,
-    )
+    is_clear = batch.action == CLEAR
     is_same = (Decision.audit_id == batch.audit_id) & (Decision.sample_index == of.c.sample_index)
-    is_clear = batch.action not in set(Action)
-    before = before.join_from(of, Decision, is_same, isouter=not is_clear)
+    before = (
+        select(
+            *(of.c.sample_index, of.c.suggested_label),
+            *(getattr(Decision, name) for name in _SAID),
+            Decision.batch_id.label("before_id"),
+        )
+        .join_from(of, Decision, is_same, isouter=not is_clear)
+        .order_by(of.c.sample_index)
+    )
     if is_clear:
         before = before.where(Decision.action.is_not(None))
-    columns = ["batch_id", "sample_index", *_SAID, "before_id"]
-    session.execute(insert(DecisionChange).from_select(columns, before))
-    session.execute(_decided(batch, is_clear=is_clear))
-    return _counts(session, batch)
-
-
-def _decided(batch: DecisionBatch, *, is_clear: bool) -> Any:  # noqa: ANN401  an INSERT has no short type
-    label: Any = literal(batch.label)
-    now = select(DecisionChange.sample_index).where(DecisionChange.batch_id == batch.id)
-    if batch.action == Action.ACCEPT:
-        label = RankedSample.suggested_label
-        is_same = (RankedSample.ranking_id == batch.ranking_id) & (
-            RankedSample.sample_index == DecisionChange.sample_index
+    found = before.cte("found").prefix_with("MATERIALIZED")
+    noted = ["sample_index", *_SAID, "before_id"]
+    note = insert(DecisionChange).from_select(
+        ["batch_id", *noted], select(literal(batch.id), *(found.c[name] for name in noted))
+    )
+    said = _said(batch, found.c.suggested_label)
+    had = tuple_(found.c.action, found.c.label, found.c.text)
+    has = tuple_(said["action"], said["label"], said["text"])
+    row = session.execute(
+        select(
+            func.count().filter(had.is_distinct_from(has)).label("changed"),
+            ((0 if is_clear else func.count()) - func.count(found.c.action)).label("more"),
         )
-        now = now.join(RankedSample, is_same)
-    said = {
+        .select_from(found)
+        .add_cte(note.cte("noted"), _put(batch, found, said).cte("put"))
+    ).one()
+    return Counts(row.changed, row.more)
+
+
+def _said(batch: DecisionBatch, suggested: ColumnElement[str]) -> dict[str, ColumnElement[Any]]:
+    """Return what a batch puts on a sample."""
+    if batch.action == CLEAR:
+        return {name: cast(null(), Decision.__table__.c[name].type) for name in _SAID}
+    is_accept = batch.action == Action.ACCEPT
+    return {
         "action": literal(batch.action),
-        "label": label,
-        "text": literal(batch.text),
+        "label": suggested if is_accept else literal(batch.label, String),
+        "text": literal(batch.text, Text),
         "reviewer": literal(batch.reviewer),
         "decided_at": literal(batch.created_at),
         "version": literal(batch.version),
     }
-    values: dict[str, Any] = {
-        "sample_index": DecisionChange.sample_index,
+
+
+def _put(batch: DecisionBatch, found: CTE, said: dict[str, ColumnElement[Any]]) -> Insert:
+    values: dict[str, ColumnElement[Any]] = {
         "audit_id": literal(batch.audit_id),
-        **(dict.fromkeys(said, null()) if is_clear else said),
+        "sample_index": found.c.sample_index,
+        **said,
         "batch_id": literal(batch.id),
         "changed_version": literal(batch.version),
         "changed_by": literal(batch.reviewer),
     }
-    row = upsert(Decision).from_select(list(values), now.with_only_columns(*values.values()))
+    row = upsert(Decision).from_select(list(values), select(*values.values()))
     keys = ("audit_id", "sample_index")
     changed = {name: row.excluded[name] for name in values if name not in keys}
     return row.on_conflict_do_update(index_elements=list(keys), set_=changed)
-
-
-def _counts(session: Session, batch: DecisionBatch) -> Counts:
-    """Count what differs between what a batch found and what stands there now."""
-    found, now = DecisionChange, Decision
-    said = [tuple_(of.action, of.label, of.text) for of in (found, now)]
-    is_same = (now.audit_id == batch.audit_id) & (now.sample_index == found.sample_index)
-    row = session.execute(
-        select(
-            func.count().filter(said[0].is_distinct_from(said[1])).label("changed"),
-            (func.count(now.action) - func.count(found.action)).label("more"),
-        )
-        .join_from(found, now, is_same)
-        .where(found.batch_id == batch.id)
-    ).one()
-    return Counts(row.changed, row.more)
 
 
 def take_back(session: Session, batch: DecisionBatch, *, version: int, reviewer: str) -> Counts:
@@ -180,18 +188,18 @@ def take_back(session: Session, batch: DecisionBatch, *, version: int, reviewer:
         now.sample_index == found.sample_index,
         now.batch_id == batch.id,
     )
-    number, more = session.execute(
-        select(func.count(), func.count(found.action) - func.count(now.action)).where(is_mine)
-    ).one()
-    session.execute(
+    back = (
         update(now)
         .where(is_mine)
         .values(
             {name: getattr(found, name) for name in _SAID}
             | {"batch_id": found.before_id, "changed_version": version, "changed_by": reviewer}
         )
-        .execution_options(synchronize_session=False)
+        .returning(now.action)
+        .cte("back")
     )
+    number, num_decided = session.execute(select(func.count(), func.count(back.c.action))).one()
+    more = num_decided - (0 if batch.action == CLEAR else number)
     later = aliased(DecisionChange)
     session.execute(
         update(later)
@@ -210,6 +218,11 @@ def num_touched(session: Session, batch: DecisionBatch) -> int:
     """Return on how many samples a batch decided."""
     of_batch = select(DecisionChange.sample_index).where(DecisionChange.batch_id == batch.id)
     return count(session, of_batch)
+
+
+def refresh_statistics(session: Session) -> None:
+    """Tell the planner of many new rows now, not when it gets round to them."""
+    session.execute(text("ANALYZE decisions, decision_changes"))
 
 
 def find_batch(session: Session, tenant: str, audit_id: str, batch_id: str) -> DecisionBatch | None:

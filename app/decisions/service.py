@@ -24,6 +24,7 @@ from app.keys.service import Caller
 from app.settings import Settings
 
 NUM_NAMED = 10
+MANY_SAMPLES = 10_000
 _STEPS = (1, 2, 5)
 
 log = structlog.get_logger()
@@ -100,13 +101,13 @@ def decide(
         )
         if call is not None:
             call.claim(session, batch.id)
-        session.add(batch)
-        session.flush()
         counts = repository.store(session, batch, plan.samples)
         batch.num_changed = counts.num_changed
+        session.add(batch)
         audit.decision_version = batch.version
         audit.num_decided += counts.num_more
         audit.version += 1
+    _tell_planner(engine, batch)
     log.info("decided", audit_id=audit_id, batch_id=batch.id, num_changed=batch.num_changed)
     return Stored(batch)
 
@@ -182,6 +183,7 @@ def undo(
         )
         audit.num_decided += counts.num_more
         batch.num_kept = repository.num_touched(session, batch) - counts.num_changed
+    _tell_planner(engine, batch)
     log.info("decision_undone", audit_id=audit_id, batch_id=batch_id)
     return Stored(batch)
 
@@ -223,6 +225,12 @@ def precision(results: Results) -> answers.Precision:
             for k, (decided, wrong) in zip(ks, counted, strict=True)
         ],
     )
+
+
+def _tell_planner(engine: Engine, batch: DecisionBatch) -> None:
+    if batch.num_samples >= MANY_SAMPLES:
+        with transaction(engine) as session:
+            repository.refresh_statistics(session)
 
 
 def _hold(session: Session, caller: Caller, audit_id: str) -> None:

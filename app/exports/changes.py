@@ -113,14 +113,10 @@ def _decided(audit: Audit) -> Select[Any]:
         ),
         Decision.action == Action.EDIT,
     )
-    return (
-        select(
-            *(Decision.sample_index, Decision.label, Decision.text),
-            *(Decision.reviewer, Decision.decided_at),
-        )
-        .join(TrainingSample, is_sample)
-        .where(Decision.audit_id == audit.id, is_changed)
-    )
+    names = ("sample_index", "label", "text", "reviewer", "decided_at")
+    columns: list[Any] = [getattr(Decision, name) for name in names]
+    decided = select(*columns).join(TrainingSample, is_sample)
+    return decided.where(Decision.audit_id == audit.id, is_changed)
 
 
 def _flagged(audit: Audit, ranking: Ranking, mode: Mode) -> Select[Any]:

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from json.decoder import WHITESPACE, JSONDecoder
+from json import JSONDecoder
 from typing import Any, BinaryIO
 
 from app.datasets.columns import ColumnNames, DatasetLimits
@@ -15,6 +15,7 @@ from app.exports.values import changed_value, relabelled, target_column
 
 _BOM = b"\xef\xbb\xbf"
 _DECODER = JSONDecoder()
+_SPACE = re.compile(r"[ \t\r\n]*")
 _PLAIN_CELL = re.compile(r"[^,\r\n]*")
 _NEEDS_QUOTES = re.compile(r'[",\r\n]')
 
@@ -140,7 +141,7 @@ class JsonLines(LineFile):
 
 
 def _skip(row: str, place: int) -> int:
-    match = WHITESPACE.match(row, place)
+    match = _SPACE.match(row, place)
     return match.end() if match else place
 
 

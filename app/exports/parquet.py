@@ -143,10 +143,9 @@ class ParquetTable:
 
 
 def _is_full(group: list[pa.RecordBatch]) -> bool:
-    return (
-        sum(batch.num_rows for batch in group) >= _GROUP_ROWS
-        or sum(batch.nbytes for batch in group) >= _GROUP_BYTES
-    )
+    num_rows = sum(batch.num_rows for batch in group)
+    num_bytes: int = sum(batch.nbytes for batch in group)
+    return num_rows >= _GROUP_ROWS or num_bytes >= _GROUP_BYTES
 
 
 def _between(rows: Any, places: list[int]) -> Iterator[Any]:  # noqa: ANN401  an array or a batch

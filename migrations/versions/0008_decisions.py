@@ -13,6 +13,11 @@ depends_on = None
 
 ACTIONS = "'accept', 'keep', 'drop', 'edit'"
 COUNTS = ("decision_version", "num_decided")
+# which rows go with which: foreign keys would check every row of a batch of a million
+TRIGGERS = (
+    ("decisions", "audits", "audit_id"),
+    ("decision_changes", "decision_batches", "batch_id"),
+)
 INDEXES = (
     ("ix_ranked_samples_suggestion", ("ranking_id", "suggested_label", "rank")),
     ("ix_ranked_samples_probability", ("ranking_id", "noise_probability", "rank")),
@@ -78,9 +83,6 @@ def upgrade() -> None:
         sa.Column("changed_version", sa.Integer(), nullable=False),
         sa.Column("changed_by", sa.String(), nullable=False),
         sa.CheckConstraint(f"action IN ({ACTIONS})", name=op.f("ck_decisions_action")),
-        sa.ForeignKeyConstraint(
-            ["audit_id"], ["audits.id"], name=op.f("fk_decisions_audit_id"), ondelete="CASCADE"
-        ),
         sa.PrimaryKeyConstraint("audit_id", "sample_index", name=op.f("pk_decisions")),
     )
     op.create_index(
@@ -95,12 +97,6 @@ def upgrade() -> None:
         sa.Column("sample_index", sa.Integer(), nullable=False),
         *_said(),
         sa.Column("before_id", sa.String()),
-        sa.ForeignKeyConstraint(
-            ["batch_id"],
-            ["decision_batches.id"],
-            name=op.f("fk_decision_changes_batch_id"),
-            ondelete="CASCADE",
-        ),
         sa.PrimaryKeyConstraint("batch_id", "sample_index", name=op.f("pk_decision_changes")),
     )
     op.create_index(
@@ -109,6 +105,16 @@ def upgrade() -> None:
         ["before_id", "sample_index"],
         postgresql_where=sa.text("before_id IS NOT NULL"),
     )
+    for table, of, key in TRIGGERS:
+        forget = f"DELETE FROM {table} WHERE {key} = OLD.id"  # noqa: S608  names of our own
+        op.execute(
+            f"CREATE FUNCTION forget_{table}() RETURNS trigger LANGUAGE plpgsql AS "
+            f"$$ BEGIN {forget}; RETURN NULL; END $$"
+        )
+        op.execute(
+            f"CREATE TRIGGER forget_{table} AFTER DELETE ON {of} "
+            f"FOR EACH ROW EXECUTE FUNCTION forget_{table}()"
+        )
 
 
 def _said() -> list[sa.Column[Any]]:
@@ -124,6 +130,9 @@ def _said() -> list[sa.Column[Any]]:
 
 
 def downgrade() -> None:
+    for table, of, _ in TRIGGERS:
+        op.execute(f"DROP TRIGGER forget_{table} ON {of}")
+        op.execute(f"DROP FUNCTION forget_{table}()")
     for table in ("decision_changes", "decisions", "decision_batches"):
         op.drop_table(table)
     op.drop_index("ix_training_samples_non_finite", "training_samples")

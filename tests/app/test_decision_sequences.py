@@ -105,7 +105,8 @@ def test_what_stands_is_the_last_batch_that_was_not_undone(
     audit = make_finished_audit(engine, settings, num_train=NUM_SAMPLES)
     suggest_labels(engine, audit.summary["ranking_id"])
     path = f"/v1/audits/{audit.id}"
-    model, ids, version = Model(), [], 0
+    model, version = Model(), 0
+    ids: list[str] = []
     for action, argument in steps:
         if action == "undo":
             if not ids:
