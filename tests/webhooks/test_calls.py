@@ -130,8 +130,10 @@ class TestTls:
         """A certificate of localhost with its key, in one file."""
         key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
         make = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
-        names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
-        subprocess.run([*make.split(), *names], check=True, capture_output=True)
+        names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key)]
+        subprocess.run(
+            [*make.split(), *names, "-out", str(certificate)], check=True, capture_output=True
+        )
         certificate.write_bytes(certificate.read_bytes() + key.read_bytes())
         return certificate
 
