@@ -27,6 +27,7 @@ from app.catalogue import ESTIMATORS
 from app.datasets import routes as dataset_routes
 from app.experiments import routes as experiment_routes
 from app.settings import Settings
+from app.web import report_routes
 from app.webhooks import routes as webhook_routes
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,7 @@ def test_every_call_is_listed() -> None:
         audit_routes.router,
         audit_routes.results_router,
         ranking_routes.router,
+        report_routes.router,
         experiment_routes.router,
         dataset_routes.router,
         webhook_routes.router,

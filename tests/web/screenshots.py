@@ -20,7 +20,7 @@ from tests.web.conftest import chromium, served
 from tests.web.published import publish_audit, review_texts
 
 FOLDER = Path(__file__).parents[2] / "docs" / "screenshots"
-WIDTHS = {1280: 860, 390: 844}
+WIDTHS = {1280: 720, 390: 780}
 MAX_BYTES = 200_000
 
 

@@ -60,7 +60,7 @@ class TestTheList:
         seen, path = [], "/"
         while path:
             html = client.get(path).text
-            seen += re.findall(r'<tr data-audit="(\w+)"', html)
+            seen += re.findall(r'<tr role="row" data-audit="(\w+)"', html)
             path = linked(html, "next") or ""
         assert seen == made[::-1]
 
