@@ -25,7 +25,9 @@ from app.audits.schemas import (
 from app.audits.verification_schemas import Verify
 from app.catalogue import ESTIMATORS
 from app.datasets import routes as dataset_routes
+from app.decisions import routes as decision_routes
 from app.experiments import routes as experiment_routes
+from app.exports import routes as export_routes
 from app.settings import Settings
 from app.webhooks import routes as webhook_routes
 
@@ -101,6 +103,8 @@ def test_every_call_is_listed() -> None:
         audit_routes.router,
         audit_routes.results_router,
         ranking_routes.router,
+        decision_routes.router,
+        export_routes.router,
         experiment_routes.router,
         dataset_routes.router,
         webhook_routes.router,

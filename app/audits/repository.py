@@ -153,6 +153,11 @@ def list_suspects(
     places = matching(ranking, filters, RankedSample.rank)
     if after_rank is not None:
         places = places.where(RankedSample.rank > after_rank)
+    if filters.said().keys() == {"decision"} and "none" in (filters.decision or ()):
+        # Of so many samples in a row, enough are undecided: the others need no look.
+        num_decided = select(Audit.num_decided).where(Audit.id == ranking.audit_id)
+        last = (-1 if after_rank is None else after_rank) + limit + 1
+        places = places.where(RankedSample.rank <= num_decided.scalar_subquery() + last)
     found = places.order_by(RankedSample.rank).limit(limit + 1).subquery()
     statement = _suspects(ranking).join(found, found.c.rank == RankedSample.rank)
     return session.execute(statement.order_by(RankedSample.rank)).all()
