@@ -66,43 +66,27 @@ def test_every_verb_helps_with_examples_and_takes_the_common_options(verb: tuple
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shells_complete_it(shell: str) -> None:
-    program = "from winnow.cli import main; main()"
-    shown = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import sys; sys.argv[0] = 'winnow'; {program}",
-            "--show-completion",
-        ],
-        env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    script = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.argv[0] = 'winnow'; {program}"],
-        env={**os.environ, "_WINNOW_COMPLETE": f"source_{shell}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "Traceback" not in shown.stderr
-    assert "_WINNOW_COMPLETE" in script.stdout
+    program = "import sys; sys.argv[0] = 'winnow'; from winnow.cli import main; main()"
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert "Traceback" not in run("--show-completion").stderr  # it asks which shell it runs in
+    assert "_WINNOW_COMPLETE" in run(_WINNOW_COMPLETE=f"source_{shell}").stdout
 
 
 def test_words_are_completed() -> None:
+    program = "import sys; sys.argv[0] = 'winnow'; from winnow.cli import main; main()"
+    words = {"COMP_WORDS": "winnow audit ca", "COMP_CWORD": "2"}
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; sys.argv[0] = 'winnow';from winnow.cli import main; main()",
-        ],
-        env={
-            **os.environ,
-            "_WINNOW_COMPLETE": "complete_bash",
-            "COMP_WORDS": "winnow audit ca",
-            "COMP_CWORD": "2",
-        },
+        [sys.executable, "-c", program],
+        env={**os.environ, **words, "_WINNOW_COMPLETE": "complete_bash"},
         capture_output=True,
         text=True,
         check=False,
