@@ -21,7 +21,9 @@ a_filter = st.fixed_dictionaries(
     optional={
         "label": st.sampled_from(["pos", "neg"]),
         "decision": st.lists(
-            st.sampled_from(["none", "any", "accept", "keep", "drop", "edit"]), min_size=1
+            st.sampled_from(["none", "any", "accept", "keep", "drop", "edit"]),
+            min_size=1,
+            max_size=6,
         ),
     },
 )

@@ -1,6 +1,7 @@
 """From a CSV to a cleaned CSV: upload, audit, decide on a whole filter, export, all over HTTP."""
 
 import csv
+import hashlib
 import io
 from typing import Any
 
@@ -29,6 +30,11 @@ def test_a_csv_is_cleaned_by_decisions_on_whole_filters(
     audit = service.finish(audit_id)
     assert audit["state"] == "succeeded", audit
     original = reviews.train_csv.read_bytes()
+    assert audit["provenance"]["train_file"] == {
+        "format": "csv",
+        "bytes": len(original),
+        "sha256": hashlib.sha256(original).hexdigest(),
+    }
     path = f"/v1/audits/{audit_id}"
 
     assert service.http.get(f"{path}/export").content == original
