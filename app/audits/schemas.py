@@ -244,8 +244,8 @@ class AuditRequest(Strict):
     train: DatasetSource = Field(description="The training set that is audited.")
     validation: DatasetSource | None = Field(
         None,
-        description="A small, trusted set that stands for the behaviour you want. Only "
-        "self_influence, loss, random and oracle do without.",
+        description="A small, trusted set that stands for the behaviour you want. "
+        "Without one a fifth of the training set, at most 500 samples, stands in for it.",
     )
     test: DatasetSource | None = Field(
         None,

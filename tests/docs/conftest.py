@@ -35,7 +35,7 @@ class Place:
     def reader(self, name: str) -> Reader:
         """Return a reader in a folder of their own, with the files that examples/ writes."""
         folder = self.folder / name.replace("/", "-").removesuffix(".md")
-        shutil.copytree(self.folder / "tickets", folder / "tickets", copy_function=os.link)
+        shutil.copytree(self.folder / "tickets", folder / "tickets", copy_function=_copy)
         (folder / "examples").symlink_to(ROOT / "examples")
         return Reader(folder, self.address)
 
@@ -69,6 +69,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     finally:
         service.send_signal(signal.SIGINT)
         service.wait(STOP_SECONDS)
+
+
+def _copy(source: str, target: str) -> None:
+    """Copy a file; a model's weights, which nobody changes, are linked."""
+    (os.link if source.endswith(".safetensors") else shutil.copyfile)(source, target)
 
 
 def _wait_until_ready(service: "subprocess.Popen[bytes]", address: str, log: Path) -> None:

@@ -48,7 +48,8 @@ class Reader:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(code, encoding="utf-8")
         elif block.language == "sh":
-            self.shell(code, block)
+            done = self.shell(code)
+            assert done.returncode == 0, f"{block} ended with {done.returncode}:\n{done.stdout}"
         else:
             source = "\n" * block.line + code  # so that a traceback has the line of the page
             exec(compile(source, block.page, "exec"), self._names)
@@ -57,8 +58,8 @@ class Reader:
         """Return code that talks to the service of the tests."""
         return code.replace(ADDRESS, self.address)
 
-    def shell(self, code: str, block: Block) -> str:
-        """Execute shell code and return what it printed."""
+    def shell(self, code: str) -> "subprocess.CompletedProcess[str]":
+        """Execute shell code; what it printed is in `stdout`."""
         script = _REMEMBERING.format(code=code, state=self._state)
         done = subprocess.run(
             ["bash", "-c", script],
@@ -71,9 +72,8 @@ class Reader:
             check=False,
             text=True,
         )
-        print(done.stdout)
-        assert done.returncode == 0, f"{block} ended with {done.returncode}:\n{done.stdout}"
-        return done.stdout
+        sys.stdout.write(done.stdout)  # pytest shows it when a later block fails
+        return done
 
 
 def environment(address: str, **more: str) -> dict[str, str]:

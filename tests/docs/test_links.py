@@ -13,7 +13,9 @@ _LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 def anchors_of(page: str) -> set[str]:
     """Return what a link into the page may name: its headings."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(_CODE, lambda m: m[0].strip("`"), text_of(page)), re.M)
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(_CODE, lambda m: m[0].strip("`"), text_of(page)), re.MULTILINE
+    )
     return {slug(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)) for heading in headings}
 
 
@@ -32,6 +34,8 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_every_page_is_in_the_index(page: str) -> None:
     """docs/README.md leads to every page, and README.md to docs/README.md."""
     index = ROOT / "docs" / "README.md"
-    linked = {(index.parent / path).resolve() for path, _ in _LINK.findall(index.read_text("utf-8"))}
+    linked = {
+        (index.parent / path).resolve() for path, _ in _LINK.findall(index.read_text("utf-8"))
+    }
     assert (ROOT / page).resolve() in linked | {index.resolve()}
     assert "(docs/README.md)" in text_of("README.md")

@@ -1,10 +1,8 @@
 """Every command, snippet, request and file in README.md and docs/ is executed or validated."""
 
 import json
-import os
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
+import re
+from itertools import count
 from typing import Any
 
 import pytest
@@ -15,8 +13,8 @@ from app.audits.schemas import AuditRequest, RankingRequest
 from app.audits.verification_schemas import Verify
 from app.experiments.schemas import ExperimentRequest
 from tests.docs.conftest import Place
-from tests.docs.pages import LANGUAGES, MARKS, PAGES, ROOT, Block, all_blocks, blocks_of
-from tests.docs.running import Reader, environment
+from tests.docs.pages import MARKS, Block, all_blocks, blocks_of
+from tests.docs.running import environment
 
 pytestmark = pytest.mark.xdist_group("docs")
 
@@ -30,13 +28,12 @@ MODELS: dict[str, type[BaseModel]] = {
 LEAST: dict[str, dict[str, Any]] = {
     "AuditRequest": {
         "model": {"reference": "file:///models/base"},
-        "train": {"reference": "upload:ds_1"},
+        "train": {"reference": "upload:ds_train"},
         "fine_tune": {},
     },
     "ExperimentRequest": {},
     "RankingRequest": {},
 }
-TOOLS = ROOT / ".venv-docs" / "bin"
 
 
 def with_mark(mark: str) -> "pytest.MarkDecorator":
@@ -46,18 +43,16 @@ def with_mark(mark: str) -> "pytest.MarkDecorator":
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
-def test_a_page_does_what_it_says(
-    place: Place, page: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_does_what_it_says(place: Place, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its shell and Python code runs from top to bottom, and nothing fails."""
     reader = place.reader(page)
     monkeypatch.chdir(reader.folder)
     for name, value in environment(place.address).items():
         monkeypatch.setenv(name, value)
     for block in blocks_of(page):
-        if block.language in LANGUAGES and not {"not executed", "service", "needs"} & set(block.marks):
-            if block.language in {"sh", "python"} or "file" in block.marks:
-                reader.do(block)
+        is_code = block.language in {"sh", "python"} or "file" in block.marks
+        if is_code and not {"not executed", "service", "needs"} & set(block.marks):
+            reader.do(block)
 
 
 @with_mark("service")
@@ -98,5 +93,6 @@ def test_nothing_goes_unchecked() -> None:
 
 
 def _filled_in(code: str) -> str:
-    """Return JSON with ids in place of the dots that stand for them."""
-    return code.replace("ds_…", "ds_1")
+    """Return JSON with ids, all different, in place of the dots that stand for them."""
+    numbers = count(1)
+    return re.sub("ds_…", lambda _: f"ds_{next(numbers)}", code)

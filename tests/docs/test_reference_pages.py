@@ -2,16 +2,12 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from app import catalogue_routes, health
-from app.audits import ranking_routes
-from app.audits import routes as audit_routes
+from app.api_reference import openapi_document
 from app.audits.schemas import (
     AuditRequest,
     DatasetSource,
@@ -24,19 +20,8 @@ from app.audits.schemas import (
 )
 from app.audits.verification_schemas import Verify
 from app.catalogue import ESTIMATORS
-from app.datasets import routes as dataset_routes
-from app.decisions import routes as decision_routes
-from app.experiments import routes as experiment_routes
-from app.exports import routes as export_routes
 from app.settings import Settings
-from app.web import report_routes
-from app.webhooks import routes as webhook_routes
-
-ROOT = Path(__file__).parents[2]
-
-
-def page(name: str) -> str:
-    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+from tests.docs.pages import ROOT, text_of
 
 
 def rows(text: str, first_heading: str) -> list[list[str]]:
@@ -57,7 +42,8 @@ def default_of(field: Any) -> Any:
 
 
 def test_every_setting_is_listed_with_its_default() -> None:
-    listed = {name.strip("`"): default.strip("`") for name, default, _ in rows(page("configuration.md"), "variable")}
+    settings = rows(text_of("docs/configuration.md"), "variable")
+    listed = {name.strip("`"): default.strip("`") for name, default, _ in settings}
     assert list(listed) == [f"WINNOW_{name.upper()}" for name in Settings.model_fields]
     for name, field in Settings.model_fields.items():
         said = listed[f"WINNOW_{name.upper()}"]
@@ -69,7 +55,8 @@ def test_every_setting_is_listed_with_its_default() -> None:
 
 def test_every_option_of_a_request_is_listed_with_its_default() -> None:
     """Also those of the nested objects; `required` stands where there is no default."""
-    listed = {name.strip("`"): default.strip("`") for name, default, _ in rows(page("request.md"), "field")}
+    options = rows(text_of("docs/request.md"), "field")
+    listed = {name.strip("`"): default.strip("`") for name, default, _ in options}
     nested: dict[str, type[BaseModel]] = {
         "model": ModelSource,
         "train": DatasetSource,
@@ -98,36 +85,20 @@ def test_every_option_of_a_request_is_listed_with_its_default() -> None:
 
 
 def test_the_estimators_are_named() -> None:
-    (cell,) = [meaning for name, _, meaning in rows(page("request.md"), "field") if name == "`estimators`"]
+    options = rows(text_of("docs/request.md"), "field")
+    (cell,) = [meaning for name, _, meaning in options if name == "`estimators`"]
     assert re.findall(r"`(\w+)`", cell.partition(";")[0]) == list(ESTIMATORS)
 
 
 def test_every_call_is_listed() -> None:
-    routers = [
-        audit_routes.router,
-        audit_routes.results_router,
-        ranking_routes.router,
-        report_routes.router,
-        decision_routes.router,
-        export_routes.router,
-        experiment_routes.router,
-        dataset_routes.router,
-        webhook_routes.router,
-        catalogue_routes.router,
-        health.router,
-    ]
-    paths = {
-        re.sub(r"\{\w+_id\}", "{id}", route.path).replace(".{file_format}", ".parquet")
-        for router in routers
-        for route in router.routes
-        if isinstance(route, APIRoute)
-    }
-    said = set(re.findall(r"/(?:v1/[\w/{}.]+|healthz|readyz)", page("request.md")))
+    paths = {re.sub(r"\{\w+_id\}", "{id}", path) for path in openapi_document()["paths"]}
+    paths = {path.replace(".{file_format}", ".parquet") for path in paths}
+    said = set(re.findall(r"/(?:v1/[\w/{}.]+|healthz|readyz)", text_of("docs/request.md")))
     assert paths <= said
 
 
 def test_the_tree_shows_every_folder() -> None:
-    _, _, after = page("how-it-works.md").partition("## The tree\n\n```\n")
+    _, _, after = text_of("docs/how-it-works.md").partition("## The tree\n\n```\n")
     listed = [line.split()[0].rstrip("/") for line in after.partition("```")[0].splitlines()]
     assert all((ROOT / folder).is_dir() for folder in listed)
     packages = {
@@ -137,4 +108,3 @@ def test_the_tree_shows_every_folder() -> None:
         if len(path.parent.relative_to(ROOT).parts) <= 2
     }
     assert packages <= set(listed)
-

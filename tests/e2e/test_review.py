@@ -27,7 +27,7 @@ def test_a_csv_is_cleaned_by_decisions_on_whole_filters(
         "ranking": {"estimator": "grad_cosine", "layers": "all", "aggregation": "rank"},
     }
     audit_id = service.submit(**request_body)
-    audit = service.finish(audit_id)
+    audit = service.finish(audit_id, seconds=300)
     assert audit["state"] == "succeeded", audit
     original = reviews.train_csv.read_bytes()
     assert audit["provenance"]["train_file"] == {
