@@ -195,12 +195,15 @@ def test_a_consensus_is_the_weighted_mean_of_the_ranks_of_the_best_of_every_esti
     sound = {key: auc for key, auc in measured.auc_ndr.items() if key[0] != "loss"}
     top = max(sound.values())
     total = [0.0] * len(measured.is_probe)
+    others = sum(member["weight"] for member in members if member["estimator"] != "confidence")
     for member in members:
         key = key_of(Configuration(**{name: member[name] for name in Configuration.model_fields}))
         theirs = [auc for other, auc in measured.auc_ndr.items() if other[0] == key[0]]
         assert measured.auc_ndr[key] == pytest.approx(max(theirs), abs=1e-9)
         assert member["auc_ndr"] == pytest.approx(max(theirs), abs=1e-9)
         weight = min(1.0, math.exp((max(theirs) - top) / 0.02))
+        if member["estimator"] == "confidence":
+            weight = max(weight, others)
         assert member["weight"] == pytest.approx(weight, rel=1e-6)
         for sample, rank in enumerate(oracles.ranks(measured.real[key])):
             total[sample] += weight * rank

@@ -9,7 +9,7 @@ Shapes: K configurations, F samples of the probed set.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -304,7 +304,11 @@ def most_agreed(table: Sequence[Candidate], *, margin: float) -> Candidate:
 
 
 def _members(table: Sequence[Candidate]) -> list[Member]:
-    """Return the best candidate of every estimator, and of the loss, with their weights."""
+    """Return the best candidate of every estimator, and of the loss, with their weights.
+
+    The out-of-sample confidence, the one voice that has not seen the sample's own target, has at
+    least half the say: probes are fresh, so they cannot tell how much the others have memorised.
+    """
     best: dict[str, Candidate] = {}
     for candidate in table:
         best.setdefault(str(candidate.configuration.estimator), candidate)
@@ -320,4 +324,13 @@ def _members(table: Sequence[Candidate]) -> list[Member]:
         )
         for each in voices
     ]
+    others = math.fsum(each.weight for each in members if not _is_out_of_sample(each))
+    members = [
+        replace(each, weight=max(each.weight, others)) if _is_out_of_sample(each) else each
+        for each in members
+    ]
     return sorted(members, key=lambda member: -member.weight)
+
+
+def _is_out_of_sample(member: Member) -> bool:
+    return member.configuration.estimator == EstimatorName.CONFIDENCE
