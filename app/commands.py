@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from winnow.commands.findings import Finding, add_checks
+from winnow.commands.session import Json
 
 DEFAULT_KEY_DAYS = 365
 
@@ -86,12 +87,15 @@ def worker(
     raise typer.Exit(verbs.worker(takes_audits=not cpu, takes_rankings=not gpu))
 
 
-def migrate() -> None:
+def migrate(*, as_json: Json = False) -> None:
     """Bring the database to the schema of this version."""
     from app import verbs  # noqa: PLC0415
 
     verbs.migrate()
-    typer.echo("The database has the schema of this version.")
+    if as_json:
+        _answer({"migrated": True})
+    else:
+        typer.echo("The database has the schema of this version.")
 
 
 def create_key(
@@ -102,20 +106,37 @@ def create_key(
         int, typer.Option(min=1, max=3650, help="How long it is valid.")
     ] = DEFAULT_KEY_DAYS,
     data_dir: DataDir = None,
+    as_json: Json = False,
 ) -> None:
     """Make an API key and print it, once: only its hash is kept."""
     from app import verbs  # noqa: PLC0415
 
     key = verbs.create_key(data_dir=data_dir, tenant=tenant, name=name, valid_days=days)
+    if as_json:
+        _answer(
+            {
+                "id": key.id,
+                "tenant": tenant,
+                "name": name,
+                "expires_at": key.expires_at,
+                "secret": key.secret,
+            }
+        )
+        return
     typer.echo(f"{key.id} of tenant {tenant}, valid until {key.expires_at:%Y-%m-%d}:", err=True)
     typer.echo(key.secret)
 
 
-def list_keys(*, data_dir: DataDir = None) -> None:
+def list_keys(*, data_dir: DataDir = None, as_json: Json = False) -> None:
     """List the keys, without their secrets."""
     from app import verbs  # noqa: PLC0415
 
-    for key in verbs.list_keys(data_dir=data_dir):
+    keys = verbs.list_keys(data_dir=data_dir)
+    if as_json:
+        shown = ("id", "tenant", "name", "created_at", "expires_at", "revoked_at", "last_used_at")
+        _answer([{name: getattr(key, name) for name in shown} for key in keys])
+        return
+    for key in keys:
         state = "revoked" if key.revoked_at else f"until {key.expires_at:%Y-%m-%d}"
         used = f"{key.last_used_at:%Y-%m-%d}" if key.last_used_at else "never"
         typer.echo(f"{key.id}  {key.tenant}  {key.name}  {state}  used: {used}")
@@ -125,12 +146,22 @@ def revoke_key(
     key_id: Annotated[str, typer.Argument(help="As `winnow keys list` shows it.")],
     *,
     data_dir: DataDir = None,
+    as_json: Json = False,
 ) -> None:
     """End a key at once."""
     from app import verbs  # noqa: PLC0415
 
     verbs.revoke_key(key_id, data_dir=data_dir)
-    typer.echo(f"{key_id} is revoked.")
+    if as_json:
+        _answer({"id": key_id, "revoked": True})
+    else:
+        typer.echo(f"{key_id} is revoked.")
+
+
+def _answer(value: Any) -> None:  # noqa: ANN401  what JSON knows
+    from pydantic_core import to_json  # noqa: PLC0415
+
+    typer.echo(to_json(value, indent=2).decode())
 
 
 def _explaining(verb: Callable[..., None]) -> Callable[..., None]:

@@ -203,6 +203,18 @@ class TestVerbs:
         assert unknown.exit_code == 1
         assert "winnow keys list" in unknown.stderr
 
+    def test_every_verb_that_answers_does_so_in_json_too(self, run: Callable[..., Any]) -> None:
+        def answer(*words: str) -> Any:
+            return json.loads(run(*words, "--json").stdout)
+
+        assert answer("migrate") == {"migrated": True}
+        made = answer("keys", "create", "--tenant", "acme")
+        assert made["secret"].startswith("wnw_")
+        (listed,) = answer("keys", "list")
+        assert (listed["id"], listed["tenant"]) == (made["id"], "acme")
+        assert "secret" not in listed
+        assert answer("keys", "revoke", made["id"]) == {"id": made["id"], "revoked": True}
+
     def test_what_is_missing_is_said_in_one_sentence(
         self, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
