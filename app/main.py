@@ -25,8 +25,8 @@ from app.settings import Settings
 from app.version import VERSION
 from app.web import report_routes
 from app.web import routes as page_routes
+from app.web.own_files import OwnFiles
 from app.web.queries import CountsCache
-from app.web.rendering import OwnFiles
 from app.webhooks import routes as webhook_routes
 from app.webhooks.sender import WebhookSender
 from app.work.reconciler import Reconciler

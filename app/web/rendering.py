@@ -6,7 +6,6 @@ from collections.abc import Callable, Coroutine
 from datetime import datetime
 from functools import cache
 from http import HTTPStatus
-from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
@@ -16,23 +15,17 @@ from fastapi_problem.error import Problem
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
-from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
 
 from app.errors import NotAuthenticated
 from app.version import VERSION
 from app.web import names, pictures
+from app.web.own_files import COMMON_HEADERS, STATIC, static_version
 
 # Nothing but this server's own files: no inline script or style, no frame around a page.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-COMMON_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
 PAGE_HEADERS = {
     **COMMON_HEADERS,
     "Content-Security-Policy": PAGE_POLICY,
@@ -59,7 +52,7 @@ def environment() -> Environment:
         "model_name": names.model_name,
         "sparkline": pictures.sparkline,
     }
-    made.globals |= {"version": VERSION}
+    made.globals |= {"version": VERSION, "static": f"/static/{static_version()}"}
     return made
 
 
@@ -84,7 +77,7 @@ def page(
 @cache
 def stylesheet() -> str:
     """Return our stylesheet, for the one file of a report."""
-    return (files("app.web") / "static" / "winnow.css").read_text(encoding="utf-8")
+    return (STATIC / "winnow.css").read_text(encoding="utf-8")
 
 
 def report_policy() -> str:
@@ -126,16 +119,3 @@ class PageRoute(APIRoute):
                 )
 
         return handle
-
-
-class OwnFiles(StaticFiles):
-    """Our script and style; browsers ask whether they have changed."""
-
-    def __init__(self) -> None:
-        super().__init__(packages=[("app.web", "static")])
-
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        """Return a file with the headers of every page."""
-        response = await super().get_response(path, scope)
-        response.headers.update({**COMMON_HEADERS, "Cache-Control": "no-cache"})
-        return response
