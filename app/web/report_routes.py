@@ -15,8 +15,9 @@ from app.dependencies import EngineDep, TenantDep
 from app.errors import Conflict, NotFound, problem_responses
 from app.web.names import DatasetNames
 from app.web.overview import chosen_configurations, overview_of
+from app.web.own_files import COMMON_HEADERS
 from app.web.queries import counts_of
-from app.web.rendering import COMMON_HEADERS, environment, report_policy, stylesheet
+from app.web.rendering import environment, report_policy, stylesheet
 from app.web.views import view_of
 
 NUM_SUSPECTS = 100
