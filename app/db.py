@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import DateTime, Engine, MetaData, create_engine
+from sqlalchemy import Connection, DateTime, Engine, MetaData, create_engine, event, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Session
 
@@ -35,6 +35,27 @@ class Base(DeclarativeBase):
 def make_engine(url: str) -> Engine:
     """Return an engine whose connections are checked before use, so that a restart heals."""
     return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=10)
+
+
+# The role has no rights but on the rows of the tenant that is set (migrations/versions/0010).
+_BE_TENANT = text(
+    "SELECT set_config('role', 'winnow_tenant', true), set_config('winnow.tenant', :tenant, true)"
+)
+
+
+def of_tenant(engine: Engine, tenant: str) -> Engine:
+    """Return the engine for a caller: to its transactions other tenants' rows do not exist.
+
+    It shares the connections of `engine`; what is set ends with each transaction.
+    """
+    return engine.execution_options(winnow_tenant=tenant)
+
+
+@event.listens_for(Engine, "begin")
+def _limit_to_tenant(connection: Connection) -> None:
+    tenant = connection.get_execution_options().get("winnow_tenant")
+    if tenant is not None:
+        connection.execute(_BE_TENANT, {"tenant": tenant})
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import Engine
 
+from app.db import of_tenant
 from app.errors import NotAuthenticated
 from app.jobs import Sender
 from app.keys.cookie import KEY_COOKIE, refuse_other_sites
@@ -41,7 +42,8 @@ def _settings(request: Request) -> Settings:
     return cast("Settings", request.app.state.settings)
 
 
-EngineDep = Annotated[Engine, Depends(_engine)]
+ServiceEngineDep = Annotated[Engine, Depends(_engine)]
+"""The whole database: for what concerns no tenant."""
 CeleryDep = Annotated[Celery, Depends(_celery)]
 SenderDep = Annotated[Sender, Depends(_sender)]
 WatcherDep = Annotated[Watcher, Depends(_watcher)]
@@ -50,7 +52,7 @@ SettingsDep = Annotated[Settings, Depends(_settings)]
 
 def _caller(
     request: Request,
-    engine: EngineDep,
+    engine: ServiceEngineDep,
     settings: SettingsDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Caller:
@@ -78,3 +80,11 @@ def _tenant(caller: CallerDep) -> str:
 
 TenantDep = Annotated[str, Depends(_tenant)]
 """Whose things count: every query on audits, datasets and rankings is limited to this tenant."""
+
+
+def _tenants_engine(engine: ServiceEngineDep, tenant: TenantDep) -> Engine:
+    return of_tenant(engine, tenant)
+
+
+EngineDep = Annotated[Engine, Depends(_tenants_engine)]
+"""The database as the caller's tenant has it, whatever a query forgets to say."""

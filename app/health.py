@@ -14,7 +14,7 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from app.dependencies import CeleryDep, EngineDep, SettingsDep
+from app.dependencies import CeleryDep, ServiceEngineDep, SettingsDep
 from app.jobs import CPU_QUEUE_NAME, QUEUES, queue_length
 from app.settings import Settings
 from app.version import VERSION
@@ -59,7 +59,7 @@ def healthz() -> Alive:
     responses={503: {"model": Readiness, "description": "Some part is not ready."}},
 )
 def readyz(
-    response: Response, engine: EngineDep, celery: CeleryDep, settings: SettingsDep
+    response: Response, engine: ServiceEngineDep, celery: CeleryDep, settings: SettingsDep
 ) -> Readiness:
     """Look at the database, the broker, the workers and the disk.
 

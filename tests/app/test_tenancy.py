@@ -7,12 +7,13 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine, Executable, delete, func, insert, select, update
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
 from app.audits.models import Audit, AuditState, Ranking
 from app.datasets.models import Dataset
-from app.db import transaction
+from app.db import Base, of_tenant, transaction
 from app.decisions.models import DecisionBatch
 from app.experiments.models import Experiment
 from app.keys.models import ApiKey
@@ -35,6 +36,7 @@ from tests.factories import (
 PUBLIC = {"/healthz", "/readyz"}
 NOT_ABOUT_A_THING = {"/v1/estimators", "/v1/aggregations"}
 MAKES_THINGS = {("POST", path) for path in ("/v1/audits", "/v1/experiments", "/v1/webhooks")}
+OF_NO_TENANT = {"api_keys", "worker_heartbeats"}
 WEBHOOK = {"url": "https://example.com/"}
 
 
@@ -163,6 +165,57 @@ def test_the_walks_cover_every_route(api: FastAPI) -> None:
         and route.path_format not in listed
     ]
     assert unlisted == []
+
+
+def test_a_query_that_forgets_the_tenant_still_sees_its_rows_alone(
+    engine: Engine, owned: list[dict[str, str]]
+) -> None:
+    """Row-level security is under every table that has a tenant; keys and workers have none."""
+    tables = [table for table in Base.metadata.sorted_tables if table.name not in OF_NO_TENANT]
+    theirs: dict[str, dict[str, int]] = {}
+    for name, tenant in (("owner", "default"), ("stranger", "stranger")):
+        with transaction(of_tenant(engine, tenant)) as session:
+            theirs[name] = {
+                table.name: session.scalars(select(func.count()).select_from(table)).one()
+                for table in tables
+            }
+    with Session(engine) as session:
+        there = {
+            table.name: session.scalars(select(func.count()).select_from(table)).one()
+            for table in tables
+        }
+    assert theirs["owner"] == there
+    assert min(there[name] for name in there if name != "idempotency_keys") > 0
+    assert set(theirs["stranger"].values()) == {0}
+
+
+def test_a_tenant_cannot_write_into_anothers_rows(
+    engine: Engine, owned: list[dict[str, str]]
+) -> None:
+    stranger = of_tenant(engine, "stranger")
+    with transaction(stranger) as session:
+        for table in (Audit, Ranking, Dataset, Webhook, Experiment):
+            changed = update(table).values(tenant="stranger").returning(table.id)
+            assert session.scalars(changed).all() == []
+            assert session.scalars(delete(table).returning(table.id)).all() == []
+    refused: list[tuple[Executable, str]] = [
+        (insert(Audit).values(id="aud_x", tenant="default", request={}), "row-level security"),
+        (select(ApiKey), "permission denied"),
+    ]
+    for statement, reason in refused:
+        with pytest.raises(ProgrammingError, match=reason), transaction(stranger) as session:
+            session.execute(statement)
+
+
+def test_the_limit_ends_with_the_transaction(engine: Engine, owned: list[dict[str, str]]) -> None:
+    """The connections are shared with the reconciler, which must see everything."""
+    with engine.connect() as connection:
+        connection.execution_options(winnow_tenant="stranger")
+        with connection.begin():
+            assert connection.scalar(select(func.count()).select_from(Audit)) == 0
+        connection.execution_options(winnow_tenant=None)
+        with connection.begin():
+            assert connection.scalar(select(func.count()).select_from(Audit))
 
 
 def test_a_ranking_is_found_under_its_own_audit_only(
