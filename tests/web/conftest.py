@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import uvicorn
 from celery import Celery
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from sqlalchemy import Engine
 
 from app.main import create_app
@@ -89,7 +89,8 @@ def watched(context: BrowserContext) -> Watched:
             watched.complaints.append(message.text) if message.type == "error" else None
         ),
     )
-    watched.page.set_default_timeout(10_000)
+    watched.page.set_default_timeout(30_000)
+    expect.set_options(timeout=30_000)  # a busy machine is slow, and no page is timed here
     return watched
 
 
