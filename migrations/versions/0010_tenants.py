@@ -35,17 +35,18 @@ def upgrade() -> None:
     op.execute(
         f"""
         DO $$ BEGIN
-            IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{ROLE}') THEN
-                CREATE ROLE {ROLE} NOLOGIN;
-            END IF;
+            BEGIN
+                IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{ROLE}') THEN
+                    CREATE ROLE {ROLE} NOLOGIN;
+                END IF;
+            EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;  -- made this moment
+            END;
             IF NOT pg_has_role(current_user, '{ROLE}', 'MEMBER') THEN
                 GRANT {ROLE} TO CURRENT_USER;
             END IF;
-        EXCEPTION
-            WHEN duplicate_object OR unique_violation THEN NULL;  -- made this very moment
-            WHEN insufficient_privilege THEN
-                RAISE EXCEPTION 'The database user may not make roles. Let an administrator run: '
-                    'CREATE ROLE {ROLE} NOLOGIN; GRANT {ROLE} TO %;', current_user;
+        EXCEPTION WHEN insufficient_privilege THEN
+            RAISE EXCEPTION 'The database user may not make roles. Let an administrator run: '
+                'CREATE ROLE {ROLE} NOLOGIN; GRANT {ROLE} TO %;', current_user;
         END $$
         """
     )
