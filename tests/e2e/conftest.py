@@ -123,12 +123,12 @@ class Service:
         audit: dict[str, Any] = answer.json()
         return audit
 
-    def finish(self, audit_id: str, *, seconds: float = 120) -> dict[str, Any]:
+    def finish(self, audit_id: str, *, seconds: float = 400) -> dict[str, Any]:
         """Wait for an audit's end."""
         self.wait_for(lambda: bool(self.audit(audit_id)["done"]), seconds=seconds)
         return self.audit(audit_id)
 
-    def reach(self, audit_id: str, stage: str, *, seconds: float = 60) -> None:
+    def reach(self, audit_id: str, stage: str, *, seconds: float = 240) -> None:
         """Wait until an audit is in a stage, and fail if it is past it."""
         stages = [
             "prepare",
