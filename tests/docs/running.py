@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ class Reader:
             assert done.returncode == 0, f"{block} ended with {done.returncode}:\n{done.stdout}"
         else:
             source = "\n" * block.line + code  # so that a traceback has the line of the page
-            exec(compile(source, block.page, "exec"), self._names)
+            compiled = compile(source, block.page, "exec")
+            # a thread of its own, as a program has: the browser's tests leave an event loop in ours
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(exec, compiled, self._names).result()
 
     def addressed(self, code: str) -> str:
         """Return code that talks to the service of the tests."""

@@ -94,7 +94,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_audit(service: Service, reviews: Re
         first = next(line for line in waiting.stderr if "%" in line)
         audit_id = first.split()[0]
         waiting.send_signal(signal.SIGINT)
-        _, said = waiting.communicate(timeout=30)
+        _, said = waiting.communicate(timeout=120)
     assert waiting.returncode == 130
     assert f"winnow audit show {audit_id} --wait" in said
     assert "Traceback" not in said
