@@ -13,7 +13,7 @@ from app.audits.assemble import assemble_sample
 from app.audits.documented import AuditId, SampleIndex
 from app.audits.models import AuditState
 from app.audits.ranking_service import results_for
-from app.dependencies import EngineDep, SettingsDep, TenantDep
+from app.dependencies import EngineDep, ServiceEngineDep, SettingsDep, TenantDep
 from app.keys.cookie import forget_key, keep_key, local_path, refuse_other_sites
 from app.keys.service import caller_of
 from app.pagination import cut_page
@@ -158,7 +158,7 @@ def sign_in_page(
 @router.post("/sign-in")
 def sign_in(
     request: Request,
-    engine: EngineDep,
+    engine: ServiceEngineDep,
     key: Annotated[str, Form(max_length=200)] = "",
     to: Annotated[str, Form(alias="next", max_length=4000)] = "/",
 ) -> Response:
