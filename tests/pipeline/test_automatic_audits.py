@@ -12,10 +12,12 @@ import torch
 
 from app.audits.automatic import computed_estimators
 from app.audits.models import Audit
+from app.catalogue import ESTIMATORS
 from tests.pipeline import loops, tiny
 from tests.pipeline.conftest import Models
 from tests.pipeline.test_probes_in_audits import AUTO, CONSENSUS, drawn
 from tests.pipeline.workplace import Workplace
+from workers.pipeline import choosing
 
 FINE_TUNE = {"epochs": 3, "learning_rate": 1e-2, "batch_size": 8}
 ENOUGH = FINE_TUNE | {"epochs": 10, "rank": 8, "target_modules": ["all-linear"]}
@@ -177,3 +179,42 @@ def test_layers_that_no_estimator_has_are_named_with_what_there_is(
     assert audit.error_message is not None
     assert "00" in audit.error_message
     assert "CL" in audit.error_message
+
+
+def test_a_baseline_that_was_chosen_still_shows_what_samples_harm(
+    workplace: Workplace, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the influence of the best configuration that has any."""
+    monkeypatch.setattr(
+        choosing,
+        "most_agreed",
+        lambda table, margin: next(
+            each for each in table if each.configuration.estimator == "confidence"
+        ),
+    )
+    audit = workplace.succeed(
+        workplace.submit(
+            models.encoder, **workplace.reviews(), fine_tune=FINE_TUNE, ranking=AUTO, flag="auto"
+        )
+    )
+    choice = audit.summary["choice"]
+    assert [member["estimator"] for member in choice["members"]] == ["confidence"]
+    pairwise = [
+        row for row in choice["measured"] if ESTIMATORS[row["estimator"]].kind == "pairwise"
+    ]
+    twin = workplace.succeed(
+        workplace.submit(
+            models.encoder,
+            **workplace.reviews(),
+            fine_tune=FINE_TUNE,
+            ranking={
+                name: best[name] for name in ("estimator", "layers", "aggregation", "correct_only")
+            },
+        )
+    )
+    harmed, expected = (
+        {row.sample_index: row.harmed_validation for row in workplace.ranked_rows(each.id)}
+        for each in (audit, twin)
+    )
+    assert harmed == expected
+    assert all(harmed.values())

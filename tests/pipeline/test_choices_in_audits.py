@@ -214,4 +214,6 @@ def test_a_consensus_is_the_weighted_mean_of_the_ranks_of_the_best_of_every_esti
     expected = [value / weights / (len(total) - 1) for value in total]
     rows = sorted(workplace.ranked_rows(audit.id), key=lambda row: row.sample_index)
     assert [row.score for row in rows] == pytest.approx(expected, abs=1e-5)
-    assert audit.summary["group_order"][-1] == "consensus"
+    *groups, last = audit.summary["group_order"]
+    assert (last, len(groups) > 1) == ("consensus", True), "standings by layer group, then fused"
+    assert all(row.harmed_validation and row.helped_validation for row in rows)

@@ -80,16 +80,29 @@ class Choice:
     Attributes:
         members: one, or those of a consensus, the best first.
         evidence: what the audit tells of the choice; None where nothing was chosen.
+        best_pairwise: the best configuration that was measured and has pairs of training and
+            validation samples; None where nothing was measured.
     """
 
     members: Sequence[Member]
     is_consensus: bool = False
     evidence: dict[str, Any] | None = None
+    best_pairwise: Configuration | None = None
 
     @property
     def lead(self) -> Configuration:
-        """The configuration that ranks, or the best member."""
-        return self.members[0].configuration
+        """The configuration that ranks, or of a consensus the best member that has pairs."""
+        first = self.members[0].configuration
+        if not self.is_consensus:
+            return first
+        return next(
+            (each.configuration for each in self.members if _has_pairs(each.configuration)), first
+        )
+
+    @property
+    def witness(self) -> Configuration:
+        """Whose influence tells what a sample harms: the lead's, if it has pairs, else the best."""
+        return self.lead if _has_pairs(self.lead) else self.best_pairwise or self.lead
 
 
 def choose(context: StageContext, findings: Findings, ranking: RankingSpecification) -> Choice:
@@ -127,6 +140,9 @@ def choose(context: StageContext, findings: Findings, ranking: RankingSpecificat
     return Choice(
         members=members,
         is_consensus=ranking.estimator == CONSENSUS,
+        best_pairwise=next(
+            (each.configuration for each in table if _has_pairs(each.configuration)), None
+        ),
         evidence={
             "num_probes": num_probes,
             "num_samples": num_samples,
@@ -180,6 +196,10 @@ def _by_default(
             "measured": [],
         },
     )
+
+
+def _has_pairs(configuration: Configuration) -> bool:
+    return ESTIMATORS[configuration.estimator].kind == "pairwise"
 
 
 def is_settled(ranking: RankingSpecification) -> bool:

@@ -91,7 +91,9 @@ def make_ranking(
         group_scores=scored.group_scores,
         layers=layers,
         num_flagged=num_flagged,
-        related=scorer.find_related(leading, layers=lead.layers),
+        related=scorer.find_related(
+            make_named(context, choice.witness.estimator), layers=choice.witness.layers
+        ),
         judgement=judgement,
     )
     return Ranked(
