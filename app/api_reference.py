@@ -182,7 +182,7 @@ def _limits(schema: JsonObject) -> str:
     return ", ".join(said)
 
 
-def _json(value: Any) -> str:  # noqa: ANN401
+def _json(value: object) -> str:
     return _cell(json.dumps(value, ensure_ascii=False))
 
 

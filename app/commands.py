@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 def look_around() -> Iterable[Finding]:
     """Return what `winnow doctor` finds of the service that is installed here."""
-    from app import doctor  # noqa: PLC0415  see above
+    from app import doctor
 
     return doctor.look_around()
 
@@ -53,14 +53,14 @@ def serve(
     ] = None,
 ) -> None:
     """Run the whole service here, until Ctrl-C: database, broker, workers, API."""
-    from app import verbs  # noqa: PLC0415  see above
+    from app import verbs
 
     verbs.serve(host=host, port=port, data_dir=data_dir, num_workers=workers)
 
 
 def api(*, host: Host = None, port: Port = None) -> None:
     """Run the API alone; it asks every caller for a key."""
-    from app import verbs  # noqa: PLC0415
+    from app import verbs
 
     verbs.api(host=host, port=port)
 
@@ -78,7 +78,7 @@ def worker(
     ] = False,
 ) -> None:
     """Run one worker, on the GPU that it sees or else on the CPU; it takes all work by default."""
-    from app import verbs  # noqa: PLC0415
+    from app import verbs
 
     if cpu and gpu:
         raise typer.BadParameter("give --cpu or --gpu, or neither for a worker that takes both")
@@ -89,7 +89,7 @@ def worker(
 
 def migrate(*, as_json: Json = False) -> None:
     """Bring the database to the schema of this version."""
-    from app import verbs  # noqa: PLC0415
+    from app import verbs
 
     verbs.migrate()
     if as_json:
@@ -109,7 +109,7 @@ def create_key(
     as_json: Json = False,
 ) -> None:
     """Make an API key and print it, once: only its hash is kept."""
-    from app import verbs  # noqa: PLC0415
+    from app import verbs
 
     key = verbs.create_key(data_dir=data_dir, tenant=tenant, name=name, valid_days=days)
     if as_json:
@@ -129,7 +129,7 @@ def create_key(
 
 def list_keys(*, data_dir: DataDir = None, as_json: Json = False) -> None:
     """List the keys, without their secrets."""
-    from app import verbs  # noqa: PLC0415
+    from app import verbs
 
     keys = verbs.list_keys(data_dir=data_dir)
     if as_json:
@@ -149,7 +149,7 @@ def revoke_key(
     as_json: Json = False,
 ) -> None:
     """End a key at once."""
-    from app import verbs  # noqa: PLC0415
+    from app import verbs
 
     verbs.revoke_key(key_id, data_dir=data_dir)
     if as_json:
@@ -159,7 +159,7 @@ def revoke_key(
 
 
 def _answer(value: Any) -> None:  # noqa: ANN401  what JSON knows
-    from pydantic_core import to_json  # noqa: PLC0415
+    from pydantic_core import to_json
 
     typer.echo(to_json(value, indent=2).decode())
 
@@ -168,8 +168,8 @@ def _explaining(verb: Callable[..., None]) -> Callable[..., None]:
     """Print the errors that a person can act on as one sentence, without a traceback."""
 
     @wraps(verb)
-    def run(*arguments: Any, **options: Any) -> None:  # noqa: ANN401
-        from app import verbs  # noqa: PLC0415
+    def run(*arguments: Any, **options: Any) -> None:
+        from app import verbs
 
         try:
             verb(*arguments, **options)

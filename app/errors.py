@@ -267,7 +267,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     _describe_problems(app)
 
-    def internal_error(request: Request, error: Exception) -> Any:  # noqa: ANN401
+    def internal_error(request: Request, error: Exception) -> Any:  # noqa: ANN401  the library says no more
         return handler(request, _internal_problem(handler, request, error))
 
     app.add_exception_handler(Exception, internal_error)

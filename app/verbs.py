@@ -125,7 +125,7 @@ def _require_torch() -> None:
         )
 
 
-def _settings(**options: Any) -> Settings:  # noqa: ANN401
+def _settings(**options: Any) -> Settings:
     """Return the environment's settings with the options that were given on top."""
     given = {name: value for name, value in options.items() if value is not None}
     if "data_dir" in given:

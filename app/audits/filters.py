@@ -80,7 +80,7 @@ def is_decision_of(ranking: Ranking) -> ColumnElement[bool]:
 def matching(
     ranking: Ranking,
     filters: SuspectFilter,
-    *columns: Any,  # noqa: ANN401  SQLAlchemy names no public type of it
+    *columns: Any,
     with_sample: bool = False,
     with_decision: bool = False,
 ) -> Select[Any]:

@@ -54,7 +54,7 @@ class LineFile(ABC):
         """Return where the cell that decisions are about begins and ends, and its value."""
 
     @abstractmethod
-    def _written(self, value: Any, row: str, old: str) -> str:  # noqa: ANN401
+    def _written(self, value: object, row: str, old: str) -> str:
         """Return a cell as it is written."""
 
     def rewritten(self, changes: Changes) -> Iterator[bytes]:
@@ -135,7 +135,7 @@ class JsonLines(LineFile):
         assert found is not None  # noqa: S101  the audit read it
         return found
 
-    def _written(self, value: Any, row: str, old: str) -> str:  # noqa: ANN401
+    def _written(self, value: object, row: str, old: str) -> str:
         del old
         return json.dumps(value, ensure_ascii=row.isascii())
 
@@ -178,7 +178,7 @@ class Csv(LineFile):
         cell = row[start:end]
         return start, end, cell[1:-1].replace('""', '"') if cell.startswith('"') else cell
 
-    def _written(self, value: Any, row: str, old: str) -> str:  # noqa: ANN401
+    def _written(self, value: object, row: str, old: str) -> str:
         del row
         text = str(value)
         if old.startswith('"') or not text or _NEEDS_QUOTES.search(text):

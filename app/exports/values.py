@@ -20,7 +20,7 @@ def target_column(columns: ColumnNames) -> str:
     return name
 
 
-def changed_value(before: Any, change: Change, kind: DatasetKind) -> Any:  # noqa: ANN401
+def changed_value(before: Any, change: Change, kind: DatasetKind) -> Any:  # noqa: ANN401  a cell
     """Return what a cell holds after a change, in the type that it held before.
 
     Raises:

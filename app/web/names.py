@@ -12,6 +12,8 @@ from app.datasets.models import Dataset
 _UPLOAD = "upload:"
 _MINUTE, _HOUR = 60, 3600
 _SMALL = 1e-3
+# shares below and above which a whole per cent says too little
+_LITTLE, _NEARLY_ALL = 0.1, 0.995
 _LARGE = 1e5
 
 
@@ -24,7 +26,8 @@ def share(value: float | None) -> str:
     """Return a share as per cent: one digit more where it is small."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.1%}" if value < 0.1 or value > 0.995 else f"{value:.0%}"  # noqa: PLR2004
+    is_fine = value < _LITTLE or value > _NEARLY_ALL
+    return f"{value:.1%}" if is_fine else f"{value:.0%}"
 
 
 def score(value: float) -> str:

@@ -170,12 +170,17 @@ def heat_maps(
         rows = []
         for name in layers:
             places = [(estimator, name, column) for column in columns]
-            rows.append((name, [_cell(best.get(p), low, high, p in chosen) for p in places]))
+            rows.append(
+                (
+                    name,
+                    [_cell(best.get(p), low=low, high=high, is_chosen=p in chosen) for p in places],
+                )
+            )
         maps.append(HeatMap(estimator, columns, rows))
     return maps
 
 
-def _cell(value: float | None, low: float, high: float, is_chosen: bool) -> Cell:  # noqa: FBT001
+def _cell(value: float | None, *, low: float, high: float, is_chosen: bool) -> Cell:
     if value is None:
         return Cell(None, 0, is_chosen)
     share = (value - low) / (high - low) if high > low else 0.0

@@ -190,7 +190,7 @@ def sign_out(request: Request) -> Response:
 def _addresses(**kept: object) -> Callable[..., str]:
     """Return what makes the query of an address: what is kept, and changes to it."""
 
-    def address(**changes: Any) -> str:  # noqa: ANN401  what a template passes
+    def address(**changes: Any) -> str:
         return query_string(kept, changes)
 
     return address

@@ -61,7 +61,7 @@ class AsyncClient(
     ) -> None:
         self._connect(base_url, api_key, timeout=timeout, attempts=attempts, is_blocking=False)
 
-    def _connect(self, base_url: str, api_key: str | None, **options: Any) -> None:  # noqa: ANN401
+    def _connect(self, base_url: str, api_key: str | None, **options: Any) -> None:
         super().__init__(Connection(base_url, api_key=api_key, **options))
         self.experiments = ExperimentCalls(self._connection)
         self.webhooks = WebhookCalls(self._connection)
@@ -82,7 +82,7 @@ class AsyncClient(
 class _CallsAtOnce(AsyncClient):
     """The same calls, each of which is over when it first returns."""
 
-    def __init__(self, base_url: str, api_key: str | None, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, base_url: str, api_key: str | None, **options: Any) -> None:
         self._connect(base_url, api_key, is_blocking=True, **options)
 
 

@@ -75,12 +75,12 @@ class Connection:
         kind: type[Answer],
         method: str,
         path: str,
-        **options: Any,  # noqa: ANN401
+        **options: Any,
     ) -> Answer:
         """Make a call that may run twice and return its answer, typed."""
         return parse(kind, await self.call(method, path, **options))
 
-    async def call(self, method: str, path: str, **options: Any) -> httpx2.Response:  # noqa: ANN401
+    async def call(self, method: str, path: str, **options: Any) -> httpx2.Response:
         """Make a call that may run twice and return its answer; options are httpx2's own.
 
         Raises:
@@ -115,7 +115,7 @@ class Connection:
         """Return the pauses between the tries of one call."""
         return Patience(self, passing, num_tries=self._attempts)
 
-    async def answer(self, method: str, path: str, **options: Any) -> httpx2.Response:  # noqa: ANN401
+    async def answer(self, method: str, path: str, **options: Any) -> httpx2.Response:
         """Return an answer of any status, after tries while there is no connection.
 
         Raises:
@@ -123,7 +123,7 @@ class Connection:
         """
         return await self.retry(lambda: self._transport.request(method, path, **options))
 
-    async def send(self, method: str, path: str, **options: Any) -> httpx2.Response:  # noqa: ANN401
+    async def send(self, method: str, path: str, **options: Any) -> httpx2.Response:
         """Make one try; an answer that is neither a success nor 304 is raised as WinnowError."""
         response = await self._transport.request(method, path, **options)
         if not (response.is_success or response.status_code == httpx2.codes.NOT_MODIFIED):
@@ -131,7 +131,7 @@ class Connection:
         return response
 
     @asynccontextmanager
-    async def stream(self, path: str, **options: Any) -> AsyncGenerator[Streamed, None]:  # noqa: ANN401
+    async def stream(self, path: str, **options: Any) -> AsyncGenerator[Streamed, None]:
         """Make one try of a GET whose body the caller reads piece by piece."""
         async with self._transport.stream(path, **options) as streamed:
             if not streamed.response.is_success:

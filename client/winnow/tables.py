@@ -29,7 +29,7 @@ def require(kind: TableKind) -> None:
         raise MissingExtra(" and ".join(missing), extra=kind)
 
 
-def read(path: Path, kind: TableKind, *, flagged: bool | None = None) -> Any:  # noqa: ANN401
+def read(path: Path, kind: TableKind, *, flagged: bool | None = None) -> Any:  # noqa: ANN401  by kind
     """Return a Parquet file of suspects as a table: all, or only (not) flagged ones."""
     if kind == "polars":
         import polars as pl  # noqa: PLC0415  an extra

@@ -30,11 +30,11 @@ class Streamed:
 class Transport(Protocol):
     """What the calls need of HTTP and of time."""
 
-    async def request(self, method: str, path: str, **options: Any) -> httpx2.Response:  # noqa: ANN401
+    async def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         """Make one request; options are httpx2's own."""
         ...
 
-    def stream(self, path: str, **options: Any) -> AbstractAsyncContextManager[Streamed]:  # noqa: ANN401
+    def stream(self, path: str, **options: Any) -> AbstractAsyncContextManager[Streamed]:
         """Make one GET; the body of an answer that is no success is read already."""
         ...
 
@@ -50,14 +50,14 @@ class Transport(Protocol):
 class AsyncTransport:
     """HTTP under an event loop."""
 
-    def __init__(self, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, **options: Any) -> None:
         self._http = httpx2.AsyncClient(**options)
 
-    async def request(self, method: str, path: str, **options: Any) -> httpx2.Response:  # noqa: ANN401
+    async def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         return await self._http.request(method, path, **options)
 
     @asynccontextmanager
-    async def stream(self, path: str, **options: Any) -> AsyncGenerator[Streamed, None]:  # noqa: ANN401
+    async def stream(self, path: str, **options: Any) -> AsyncGenerator[Streamed, None]:
         async with self._http.stream("GET", path, **options) as response:
             if not response.is_success:
                 await response.aread()
@@ -78,14 +78,14 @@ class AsyncTransport:
 class BlockingTransport:
     """HTTP without an event loop: coroutines that never suspend."""
 
-    def __init__(self, **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, **options: Any) -> None:
         self._http = httpx2.Client(**options)
 
-    async def request(self, method: str, path: str, **options: Any) -> httpx2.Response:  # noqa: ANN401
+    async def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         return self._http.request(method, path, **options)
 
     @asynccontextmanager
-    async def stream(self, path: str, **options: Any) -> AsyncGenerator[Streamed, None]:  # noqa: ANN401
+    async def stream(self, path: str, **options: Any) -> AsyncGenerator[Streamed, None]:
         with self._http.stream("GET", path, **options) as response:
             if not response.is_success:
                 response.read()
@@ -107,7 +107,7 @@ class HasCalls(Protocol):
     """A blocking client: it has an asynchronous one over a BlockingTransport."""
 
     @property
-    def calls(self) -> Any:  # noqa: ANN401
+    def calls(self) -> Any:  # noqa: ANN401  of no public type
         """The asynchronous client."""
         ...
 

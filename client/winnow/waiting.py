@@ -44,7 +44,7 @@ async def changes(
     path: str,
     *,
     poll_seconds: float | None = None,
-    timeout: float | None = None,  # noqa: ASYNC109
+    timeout: float | None = None,  # noqa: ASYNC109  of the whole wait
 ) -> AsyncGenerator[Awaited, None]:
     """Yield what stands at a path, at first and whenever it has changed, until it is done.
 

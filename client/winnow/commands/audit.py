@@ -183,8 +183,8 @@ def list_audits(
     if not audits:
         session.say("There are no audits.")
         return
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich.table import Table
+    from rich.text import Text
 
     table = Table("audit", "state", "created", "flagged", "name", "model", box=None)
     for audit in audits:

@@ -47,7 +47,7 @@ def doctor(session: Session) -> int:
 
 def _service(session: Session) -> Iterator[Finding]:
     """Yield what the service says of itself."""
-    from winnow.errors import WinnowError  # noqa: PLC0415
+    from winnow.errors import WinnowError
 
     with session.client(attempts=2) as client:
         try:
@@ -86,7 +86,7 @@ def _versions(of_service: str) -> Finding:
 
 
 def _key(client: "Client") -> Finding:
-    from winnow.errors import WinnowError  # noqa: PLC0415
+    from winnow.errors import WinnowError
 
     try:
         client.estimators()

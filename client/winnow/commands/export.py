@@ -87,7 +87,7 @@ def _export(
     ranking: str | None,
     output: Path | None,
 ) -> None:
-    import json  # noqa: PLC0415
+    import json
 
     to = output or Path()
     data = client.export(audit_id, to, suspects=apply.value, ranking_id=ranking)

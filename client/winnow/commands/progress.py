@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 30.0
 LINE_STEP = 0.1
+MINUTE, HOUR = 60, 3600
 
 
 def follow(session: Session, client: "Client", audit_id: str) -> "Audit":
@@ -35,9 +36,9 @@ def follow(session: Session, client: "Client", audit_id: str) -> "Audit":
 
 
 def _follow_with_bar(client: "Client", audit_id: str) -> None:
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-    from rich.progress import Progress as Bar  # noqa: PLC0415
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("{task.description:<12}", markup=False),
@@ -83,8 +84,8 @@ def _speed(now: "Progress") -> str:
 def duration(seconds: float) -> str:
     """Return a duration as 45 s, 3 min 20 s or 2 h 5 min."""
     whole = round(seconds)
-    if whole < 60:  # noqa: PLR2004
+    if whole < MINUTE:
         return f"{whole} s"
-    if whole < 3600:  # noqa: PLR2004
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole < HOUR:
+        return f"{whole // MINUTE} min {whole % MINUTE} s"
+    return f"{whole // HOUR} h {whole % HOUR // MINUTE} min"

@@ -38,12 +38,12 @@ def read_request(path: Path | None) -> dict[str, Any]:
     return body
 
 
-def _yaml(text: str) -> Any:  # noqa: ANN401
+def _yaml(text: str) -> Any:  # noqa: ANN401  what YAML knows
     if find_spec("yaml") is None:
-        from winnow.errors import MissingExtra  # noqa: PLC0415
+        from winnow.errors import MissingExtra
 
         raise MissingExtra("pyyaml", extra="yaml")
-    import yaml  # noqa: PLC0415  an extra
+    import yaml
 
     try:
         return yaml.safe_load(text)
@@ -152,7 +152,7 @@ def _uploaded(
     session: Session, client: "Client", path: Path, sha256: str, columns: dict[str, str]
 ) -> str:
     """Return the reference of a file's upload: of an earlier one, where there is one."""
-    from winnow.requests import Columns  # noqa: PLC0415
+    from winnow.requests import Columns
 
     for dataset in client.datasets(sha256=sha256):
         if dataset.sha256 == sha256 and _reads(dataset, columns):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NoReturn, ParamSpec
 
 import typer
@@ -51,7 +52,7 @@ class Session:
     @contextmanager
     def client(self, *, attempts: int = 8) -> Iterator["Client"]:
         """Connect to the service."""
-        from winnow.client import Client  # noqa: PLC0415  see the package's docstring
+        from winnow.client import Client
 
         if not self.url.startswith(("http://", "https://")):
             raise typer.BadParameter(f"{self.url!r} is no address such as {DEFAULT_URL} (--url)")
@@ -60,7 +61,7 @@ class Session:
 
     def answer(self, value: Any) -> None:  # noqa: ANN401  a model, or what JSON knows
         """Print the answer as JSON."""
-        from pydantic_core import to_json  # noqa: PLC0415
+        from pydantic_core import to_json
 
         typer.echo(to_json(value, indent=2).decode())
 
@@ -70,7 +71,7 @@ class Session:
 
     def console(self) -> "Console":
         """Return where tables are printed; a file or pipe gets them as wide as they are."""
-        from rich.console import Console  # noqa: PLC0415
+        from rich.console import Console
 
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
         return Console(width=width, highlight=False, soft_wrap=False)
@@ -110,12 +111,12 @@ def verb(
 
     @wraps(command)
     def run(
-        *arguments: Any,  # noqa: ANN401
+        *arguments: Any,
         url: str | None,
         api_key: str | None,
         as_json: bool,
         context: typer.Context,
-        **options: Any,  # noqa: ANN401
+        **options: Any,
     ) -> None:
         first_url, first_key, first_json = context.find_root().obj or (None, None, False)
         session = Session(
@@ -149,7 +150,7 @@ def _told(session: Session) -> Iterator[None]:
         session.say("Stopped.")
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
-        from winnow.errors import MissingExtra, WinnowError  # noqa: PLC0415
+        from winnow.errors import MissingExtra, WinnowError
 
         if isinstance(error, WinnowError):
             _tell(session, error)
@@ -165,7 +166,7 @@ class Refused(ValueError):
 
 
 def _tell(session: Session, error: "WinnowError") -> NoReturn:
-    code = REFUSED if error.status is not None and 400 <= error.status < 500 else FAILED  # noqa: PLR2004
+    code = REFUSED if error.status in range(400, 500) else FAILED
     lines = [str(error)]
     told = error.detail or ""
     lines += [
@@ -173,7 +174,7 @@ def _tell(session: Session, error: "WinnowError") -> NoReturn:
         for item in error.errors
         if not (item.pointer in told or (item.detail in told and len(error.errors) == 1))
     ]
-    if error.status == 401:  # noqa: PLR2004
+    if error.status == HTTPStatus.UNAUTHORIZED:
         lines.append("Pass a key with --api-key or WINNOW_API_KEY; `winnow keys create` makes one.")
     problem = {
         "title": error.title,

@@ -62,9 +62,9 @@ def suspects(
 
 
 def _print(session: Session, rows: "list[Suspect]") -> None:
-    from rich import box  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("rank", "row"):
@@ -76,7 +76,7 @@ def _print(session: Session, rows: "list[Suspect]") -> None:
     for suspect in rows:
         probability = suspect.noise_probability
         cells = (
-            *(f"{suspect.rank}", f"{suspect.index}", _text(suspect), _labels(suspect)),
+            *(f"{suspect.rank + 1}", f"{suspect.index}", _text(suspect), _labels(suspect)),
             "" if probability is None else f"{probability:.0%}",
             "not finite" if suspect.non_finite else f"{suspect.score:.4g}",
         )
