@@ -25,7 +25,7 @@ from app.jobs import make_celery
 from app.main import create_app
 from app.migrate import migrate
 from app.settings import Settings
-from app.work.repository import enter_state, finish
+from app.work.states import enter_state, finish
 
 GROUPS = ["all", "00", "01", "02", "03", "04", "05", "CL"]
 REQUEST: dict[str, Any] = {

@@ -27,13 +27,8 @@ from app.audits.schemas import AuditRequest, RankingSpecification
 from app.db import new_id, transaction
 from app.settings import Settings
 from app.work.models import Stage, WorkUnit
-from app.work.repository import (
-    add_ranking_unit,
-    add_units,
-    enter_ranking_state,
-    enter_state,
-    finish,
-)
+from app.work.repository import add_ranking_unit, add_units
+from app.work.states import enter_ranking_state, enter_state, finish
 
 TENANT = "default"
 GROUPS = {"all": ["layer.0.query", "head"], "00": ["layer.0.query"], "CL": ["head"]}

@@ -20,7 +20,8 @@ from app.db import new_id, transaction
 from app.errors import AppError, Conflict, NotFound
 from app.settings import Settings
 from app.work.models import Stage
-from app.work.repository import add_units, enter_state, request_cancel
+from app.work.repository import add_units, request_cancel
+from app.work.states import enter_state
 
 QUEUED_RETRY_SECONDS = 2
 RUNNING_RETRY_SECONDS = (5, 15)

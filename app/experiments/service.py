@@ -25,7 +25,8 @@ from app.experiments.schemas import ExperimentRequest
 from app.experiments.standing import Standing
 from app.settings import Settings
 from app.work.models import Stage
-from app.work.repository import add_units, enter_state, request_cancel
+from app.work.repository import add_units, request_cancel
+from app.work.states import enter_state
 
 SUBMIT_ROUTE = "POST /v1/experiments"
 RETRY_SECONDS = 15

@@ -6,7 +6,7 @@ that kills its worker is tried a bounded number of times.
 """
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, func, select, update
@@ -24,6 +24,7 @@ from app.work.stages import (
     overall_progress,
     seconds_left,
 )
+from app.work.states import enter_ranking_state, enter_state, finish
 
 Owner = Audit | Ranking
 """Whose unit it is: an audit that runs, or a ranking of an audit that has ended."""
@@ -284,31 +285,6 @@ def settle_cancel(session: Session, audit: Audit) -> None:
         _withdraw_units(session, audit, states=(UnitState.READY, UnitState.RUNNING))
         finish(audit, AuditState.CANCELLED)
         owe_end(session, audit)
-
-
-def finish(audit: Audit, state: AuditState) -> None:
-    """Set a final state."""
-    enter_state(audit, state)
-    audit.finished_at = func.now()
-    audit.stage = None
-    audit.eta_seconds = None
-    audit.samples_per_second = None
-
-
-def enter_state(audit: Audit, state: AuditState) -> None:
-    """Set a state, note when, and raise the row's version (its ETag)."""
-    if audit.state != state:
-        audit.state = state
-        audit.state_times = {**audit.state_times, state.value: datetime.now(UTC).isoformat()}
-    audit.version += 1
-
-
-def enter_ranking_state(ranking: Ranking, state: RankingState) -> None:
-    """Set a ranking's state and raise its version; a final state is its end."""
-    ranking.state = state
-    ranking.version += 1
-    if state.is_final:
-        ranking.finished_at = func.now()
 
 
 def is_cancelling(owner: Owner) -> bool:

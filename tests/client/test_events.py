@@ -11,7 +11,7 @@ from winnow.results import Progress
 from app.audits.models import AuditState
 from app.db import transaction
 from app.settings import Settings
-from app.work.repository import finish
+from app.work.states import finish
 from tests.client.answers import audit, problem
 from tests.client.conftest import ScriptedService
 from tests.factories import make_audit, make_ended_audit, make_finished_audit

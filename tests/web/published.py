@@ -19,7 +19,7 @@ from app.audits.models import Audit, AuditState, Ranking, RankingState
 from app.db import new_id, transaction
 from app.settings import Settings
 from app.work.models import WorkUnit
-from app.work.repository import finish
+from app.work.states import finish
 from tests.factories import make_audit
 from workers.influence.quantification import NoiseShare
 from workers.pipeline.alike import Alike, Neighbours

@@ -20,8 +20,8 @@ from app.errors import Conflict
 from app.settings import Settings
 from app.work import retention
 from app.work.reconciler import reconcile
-from app.work.repository import enter_ranking_state
 from app.work.retention import expire_influence
+from app.work.states import enter_ranking_state
 from tests.factories import TENANT, make_audit, make_ended_audit, make_finished_audit, make_ranking
 
 DAYS = 30
