@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from sqlalchemy import Engine, case, update
 from sqlalchemy.orm import Session
 
 from app.audits.models import Audit, RankedSample, TrainingSample
+from app.datasets.files import FileFormat
 from app.db import transaction
 from app.settings import Settings
 from tests.factories import make_finished_audit, suggest_labels
@@ -106,3 +108,21 @@ def rows_of(content: bytes, name: str) -> list[dict[str, Any]]:
         ]
     table: pa.Table = pq.read_table(io.BytesIO(content))
     return list(table.to_pylist())
+
+
+Make = Callable[..., Exported]
+
+
+def table(labels: tuple[Any, Any] = ("neg", "pos"), num_rows: int = 10) -> list[dict[str, Any]]:
+    """Ten rows with columns before and behind; even ones have the second label."""
+    return [
+        {"id": i * 7, "text": f"sample {i}", "label": labels[i % 2 == 0], "source": f"=web,{i}"}
+        for i in range(num_rows)
+    ]
+
+
+def in_format(rows: list[dict[str, Any]], form: FileFormat) -> list[dict[str, Any]]:
+    """Return rows as a reader of the format has them."""
+    if form != "csv":
+        return rows
+    return [{name: str(value) for name, value in row.items()} for row in rows]
