@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import httpx2
 import pytest
 from celery import Celery
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from app.audits.folders import audit_folder
@@ -17,23 +16,8 @@ from app.jobs import queue_length
 from app.settings import Settings
 from app.work import repository as work
 from app.work.models import Stage, WorkUnit
+from tests.app.experimenting import audits_of, number_of, post
 from tests.factories import CSV_TABLE, experiment_body, experiment_task, finish_experiment
-
-
-def post(client: TestClient, body: dict[str, Any], key: str | None = None) -> httpx2.Response:
-    headers = {"Idempotency-Key": key} if key else {}
-    return client.post("/v1/experiments", json=body, headers=headers)
-
-
-def audits_of(engine: Engine, experiment_id: str) -> list[Audit]:
-    statement = select(Audit).where(Audit.experiment_id == experiment_id)
-    with Session(engine) as session:
-        return list(session.scalars(statement.order_by(Audit.experiment_position)))
-
-
-def number_of(engine: Engine, table: type[Any]) -> int:
-    with Session(engine) as session:
-        return session.scalar(select(func.count()).select_from(table)) or 0
 
 
 class TestSubmitting:

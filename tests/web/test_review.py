@@ -2,7 +2,7 @@
 
 import httpx2
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, expect
 from sqlalchemy import Engine
 
 from app.audits.models import Audit, AuditState
@@ -12,30 +12,10 @@ from tests.factories import make_finished_audit
 from tests.pipeline.conftest import Models, models, workplace  # noqa: F401  fixtures
 from tests.web.conftest import Watched, watched
 from tests.web.published import publish_audit, review_texts
+from tests.web.reviewing import decisions, open_audit, pressed
 from tests.web.test_pages import HOSTILE
 
 pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.timeout(600)]
-
-
-def open_audit(
-    page: Page, site: str, audit: Audit, *, reviewer: str = "anna", query: str = ""
-) -> None:
-    page.goto(f"{site}/audits/{audit.id}{query}")
-    page.get_by_label("Reviewer").fill(reviewer)
-    page.get_by_label("Reviewer").blur()
-    expect(page.locator("#cut")).to_be_visible()
-
-
-def pressed(page: Page, row: int) -> list[str]:
-    """Return what is decided on a row of the table."""
-    buttons = page.locator("tr[data-index]").nth(row).locator("[data-act][aria-pressed=true]")
-    return [text.lower() for text in buttons.all_inner_texts()]
-
-
-def decisions(site: str, audit: Audit) -> dict[int, str]:
-    """Return what the API has, by the sample's row."""
-    answer = httpx2.get(f"{site}/v1/audits/{audit.id}/suspects?decision=any&limit=1000")
-    return {each["index"]: each["decision"]["action"] for each in answer.json()["data"]}
 
 
 @pytest.fixture
