@@ -9,7 +9,6 @@ from app.audits.models import Audit, AuditState
 from app.keys.service import create_key, revoke_key
 from app.settings import Settings
 from tests.factories import make_finished_audit
-from tests.pipeline.conftest import Models, models, workplace  # noqa: F401  fixtures
 from tests.web.conftest import Watched, watched
 from tests.web.published import publish_audit, review_texts
 from tests.web.reviewing import decisions, open_audit, pressed
