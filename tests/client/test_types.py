@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 import app.audits.answers
 import app.audits.schemas
+import app.audits.verification_answers
 import app.audits.verification_schemas
 import app.catalogue
 import app.datasets.files
@@ -30,10 +31,10 @@ ANSWERS = [
         "Ranking": app.audits.answers,
         "RankingResults": app.audits.answers,
         "Cancellation": app.audits.answers,
-        "Verification": app.audits.answers,
-        "VerificationArm": app.audits.answers,
-        "AgainstFull": app.audits.answers,
-        "SeedValues": app.audits.answers,
+        "Verification": app.audits.verification_answers,
+        "VerificationArm": app.audits.verification_answers,
+        "AgainstFull": app.audits.verification_answers,
+        "SeedValues": app.audits.verification_answers,
         "ProjectionReport": app.audits.answers,
         "ResultFile": app.audits.answers,
         "Detection": app.audits.answers,

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from app.work.models import Stage
 from tests.e2e.conftest import MODEL, Service
 from tests.live.sse import Event, read_events
 from tests.webhooks.receiver import Receiver, receiving
@@ -83,8 +84,9 @@ def test_a_whole_audit_is_followed_to_its_end(
     assert len(set(progress)) >= 5
     ids = [int(event.id) for event in events]
     assert ids == sorted(set(ids))
-    stages = list(dict.fromkeys(event.data["stage"] for event in events if event.data["stage"]))
-    assert stages[-1] == "aggregate"
+    stages = [event.data["stage"] for event in events if event.data["stage"]]
+    assert stages == sorted(stages, key=list(Stage).index)  # a short one may pass unseen
+    assert {"fine_tune", "gradients"} <= set(stages)
     assert any(event.data["samples_per_second"] for event in events)
     assert any(event.data["eta_seconds"] for event in events)
 

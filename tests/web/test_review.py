@@ -37,6 +37,8 @@ class TestByKeyboard:
         expect(page.locator("[data-part=review] .big")).to_have_text("3")
         page.keyboard.press("u")
         expect(page.get_by_text("Undone: drop")).to_be_visible()
+        undone = page.locator("tr[data-index]").nth(2).locator("[data-act][aria-pressed=true]")
+        expect(undone).to_have_count(0)
         assert [pressed(page, row) for row in range(3)] == [["accept"], ["keep"], []]
         page.reload()
         assert [pressed(page, row) for row in range(3)] == [["accept"], ["keep"], []]
