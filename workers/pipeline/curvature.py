@@ -7,7 +7,7 @@ Shapes: V validation samples, B a block of training samples, d entries of one mo
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -95,9 +95,10 @@ def fit_curvature(context: StageContext) -> StageOutput:
     check_share(context, is_finite_T, name="training")
     with_probes = [False, True] if context.num_probe_shards else [False]
     passes = list(itertools.product(modules, with_probes))
+    training: TrainingGradients | None = None
     for number, (module, has_probes) in enumerate(passes):
         training = _training_gradients(
-            context, runtime, block=block, module=module, with_probes=has_probes
+            context, runtime, block=block, module=module, before=training if has_probes else None
         )
         validation_Vd = validation[module].dense()
         for place, estimator in enumerate(estimators):
@@ -121,9 +122,21 @@ def query_name(estimator: str, module: int, *, for_probes: bool) -> str:
 
 
 def _training_gradients(
-    context: StageContext, runtime: Runtime, *, block: int, module: int, with_probes: bool
+    context: StageContext,
+    runtime: Runtime,
+    *,
+    block: int,
+    module: int,
+    before: TrainingGradients | None,
 ) -> TrainingGradients:
-    shards = _shards(context, runtime, with_probes=with_probes)
+    """Return the gradients of the training samples; after these, given as `before`, the probes'."""
+    num_shards = context.provenance["num_shards"]
+    shards = _shards(context, runtime, range(num_shards))
+    grown_from = None
+    if before is not None:
+        probes = _shards(context, runtime, range(num_shards, num_shards + context.num_probe_shards))
+        shards = [*shards, *probes]
+        grown_from = (before, partial(_blocks, context, runtime, probes, block, module))
     facts = [TensorFile(shard.files.facts(shard.number)) for _, shard in shards]
     # summed once over all shards: no bit of the damping depends on how they were cut
     squared_norm_T = torch.cat([file.rows("squared_norm", module) for file in facts])
@@ -136,17 +149,14 @@ def _training_gradients(
         blocks=partial(_blocks, context, runtime, shards, block, module),
         keep_alive=context.hold.keep_alive,
         silence=context.hold.silence,
+        grown_from=grown_from,
     )
 
 
 def _shards(
-    context: StageContext, runtime: Runtime, *, with_probes: bool
+    context: StageContext, runtime: Runtime, positions: Iterable[int]
 ) -> list[tuple[int, Shard]]:
-    """Return the shards of the training samples, and those of the probes, by position."""
-    num_shards = context.provenance["num_shards"]
-    if with_probes:
-        num_shards += context.num_probe_shards
-    return [(position, runtime.shard(context, position)) for position in range(num_shards)]
+    return [(position, runtime.shard(context, position)) for position in positions]
 
 
 def _blocks(

@@ -37,6 +37,21 @@ def test_wide_blocks_hold_the_same_rows_in_order(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(torch.cat(blocks), train_Td.double())
 
 
+def test_a_set_with_more_at_its_end_goes_on_from_the_sum_of_the_first() -> None:
+    """What is there already is not read again, and the sum is that of all."""
+    first_Td, more_Td = randn(9, 4, seed=1), randn(5, 4, seed=2)
+    earlier = training(first_Td, cuts=[4])
+    earlier.gram()
+    all_of_them = training(torch.cat([first_Td, more_Td]))
+    grown = replace(all_of_them, grown_from=(earlier, lambda: iter([more_Td])), blocks=unread)
+    torch.testing.assert_close(grown.gram(), all_of_them.gram())
+    torch.testing.assert_close(earlier.gram(), training(first_Td).gram())  # made anew if asked for
+
+
+def unread() -> Iterator[Tensor]:
+    raise AssertionError("the gradients that are summed already were read again")
+
+
 def test_the_gram_matrix_is_summed_once_for_all_estimators() -> None:
     passes = 0
     stream = training(randn(6, 4, seed=2))

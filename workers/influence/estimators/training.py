@@ -56,6 +56,8 @@ class TrainingGradients:
         spec: the module.
         kronecker: the sums that EK-FAC makes the eigenbasis of; None where there are none.
         blocks: gives a fresh iterator over the gradients, float32 [B, d], in a fixed order.
+        grown_from: where these are the gradients of another set with more at the end, that set
+            and what gives an iterator over the rest: its Gram matrix is taken over and added to.
         max_gram_bytes: how much one [d, d] matrix may take.
         keep_alive: called often while an estimator works, whatever the blocks do: in every step of
             an iteration, between the panels of a large product, before and after a decomposition.
@@ -74,6 +76,9 @@ class TrainingGradients:
     silence: Callable[[], AbstractContextManager[None]] = field(
         default=nullcontext, repr=False, kw_only=True
     )
+    grown_from: "tuple[TrainingGradients, Callable[[], Iterator[Tensor]]] | None" = field(
+        default=None, repr=False, kw_only=True
+    )
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
@@ -90,10 +95,13 @@ class TrainingGradients:
 
     def wide_blocks(self) -> Iterator[Tensor]:
         """Iterate over the same rows in float64, in blocks that are worth a matrix product."""
+        return self._widened(self.blocks())
+
+    def _widened(self, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
         wide_rows = max(_MIN_WIDE_ROWS, _WIDE_ENTRIES // self.spec.num_parameters)
         waiting: list[Tensor] = []
         num_waiting = 0
-        for block_Bd in self.blocks():
+        for block_Bd in blocks:
             waiting.append(block_Bd.double())
             num_waiting += len(block_Bd)
             if num_waiting >= wide_rows:
@@ -116,11 +124,21 @@ class TrainingGradients:
         check_gram_size(self.spec, max_bytes=self.max_gram_bytes)
         return self._gram
 
+    def take_gram(self) -> Tensor:
+        """Return the same for the caller to change, and keep no second matrix of that size."""
+        gram_dd = self.gram()
+        del self._gram
+        return gram_dd
+
     @cached_property
     def _gram(self) -> Tensor:
         d = self.spec.num_parameters
         gram_dd: Tensor | None = None
-        for block_Bd in self.wide_blocks():
+        blocks = self.blocks
+        if self.grown_from is not None:
+            earlier, blocks = self.grown_from
+            gram_dd = earlier.take_gram()
+        for block_Bd in self._widened(blocks()):
             if gram_dd is None:
                 gram_dd = block_Bd.new_zeros(d, d)
             # the panels on and above the diagonal: half of a symmetric product
