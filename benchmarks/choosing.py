@@ -21,6 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,7 @@ def cut(worker: LocalWorker, task: str, seed: int, level: float) -> Row:
 def cost(worker: LocalWorker, task: str, seed: int) -> Row:
     """Return the CPU seconds of an audit with one fixed configuration, and with auto."""
     row: Row = {"task": task, "seed": seed}
+    import_module("workers.pipeline.rank")  # what a worker imports once is no audit's cost
     for name, choice in (("fixed", FIXED), ("auto", {})):
         asked = {**request(worker, task, seed), "estimators": "auto", **choice}
         started = time.process_time()
@@ -263,17 +265,14 @@ def print_choice(rows: list[Row]) -> None:
             "consensus": row["consensus"],
         }
         for name, value in values.items():
-            columns.setdefault(name, []).append(value if value is not None else float("nan"))
+            columns.setdefault(name, []).extend([] if value is None else [value])
         print(
             f"| {row['task']}, {row['seed']} | {percent(values['loss'])} | "
             f"{percent(values['confidence'])} | {percent(values['cleanlab'])} | "
             f"{percent(values['best'])} ({best}) | {percent(values['auto'])} ({row['auto']}) | "
             f"{percent(values['share'])} % | {percent(values['consensus'])} |"
         )
-    means = {
-        name: statistics.mean(value for value in values if value == value)  # noqa: PLR0124 - not NaN
-        for name, values in columns.items()
-    }
+    means = {name: statistics.mean(found) if found else None for name, found in columns.items()}
     print(
         f"| mean | {percent(means['loss'])} | {percent(means['confidence'])} | "
         f"{percent(means['cleanlab'])} | {percent(means['best'])} | {percent(means['auto'])} | "
