@@ -82,7 +82,7 @@ def _body(method: str, path: str) -> dict[str, Any]:
         "/v1/audits": request_body(),
         "/v1/experiments": experiment_body(),
         "/v1/webhooks": WEBHOOK,
-        "/v1/audits/{audit_id}/rankings": {"estimator": "grad_cosine"},
+        "/v1/audits/{audit_id}/rankings": {"estimator": "loss"},
     }
     if path in bodies:
         return {"json": bodies[path]}
@@ -110,8 +110,7 @@ def make_things(client: TestClient, engine: Engine, settings: Settings) -> list[
         (make_audit(engine).id, "rnk_none"),
     ]
     experiments = [client.post("/v1/experiments", json=experiment_body()).json() for _ in range(2)]
-    states = [AuditState.SUCCEEDED, AuditState.FAILED]
-    finish_experiment(engine, experiments[0]["id"], states)
+    finish_experiment(engine, experiments[0]["id"], [AuditState.FAILED, AuditState.FAILED])
     webhook = client.post("/v1/webhooks", json=WEBHOOK).json()["id"]
     delivery = client.post(f"/v1/webhooks/{webhook}/test").json()["id"]
     with transaction(engine) as session:
