@@ -12,6 +12,7 @@ from app.keys.service import create_key
 from app.settings import Settings
 from tests.app.walking import OPEN, call, every_route, make_things
 
+SAME = {"Sec-Fetch-Site": "same-origin"}
 CATALOGUE = {"/v1/estimators", "/v1/aggregations"}
 
 WithScopes = Callable[[frozenset[Scope]], TestClient]
@@ -106,17 +107,16 @@ def test_the_openapi_document_names_the_scope_of_every_call(api: FastAPI) -> Non
                 scope = scope_of(method.upper(), path)
                 assert operation["security"] == [{"HTTPBearer": [scope] if scope else []}]
                 assert {"401", "403", "429"} <= set(operation["responses"]), path
-    assert "`decisions:write`: " in document["components"]["securitySchemes"]["HTTPBearer"][
-        "description"
-    ]
+    assert (
+        "`decisions:write`: "
+        in document["components"]["securitySchemes"]["HTTPBearer"]["description"]
+    )
 
 
 class TestPages:
-    SAME = {"Sec-Fetch-Site": "same-origin"}
-
     def signed_in(self, api: FastAPI, engine: Engine, *scopes: Scope) -> TestClient:
         key = create_key(engine, tenant="default", name="anna", valid_days=1, scopes=scopes)
-        browser = TestClient(api, follow_redirects=False, headers=self.SAME)
+        browser = TestClient(api, follow_redirects=False, headers=SAME)
         self.answer = browser.post("/sign-in", data={"key": key.secret})
         return browser
 
