@@ -70,7 +70,7 @@ def _caller(
         secret = credentials.credentials if credentials else request.cookies.get(KEY_COOKIE)
         caller = _known_caller(request, engine, secret, is_cookie=credentials is None)
     request.state.caller = caller
-    if caller.expires_at is not None and caller.expires_soon:
+    if caller.expires_at is not None and caller.is_ending:
         _answer_with(request, {EXPIRY_HEADER: caller.expires_at.isoformat(timespec="seconds")})
     _check_rate(request, settings, caller)
     if settings.require_keys:

@@ -166,7 +166,7 @@ def standing_of(key: ApiKey) -> str:
         return "revoked"
     if key.expires_at <= now:
         return f"over since {key.expires_at:%Y-%m-%d}"
-    if keys.is_soon(key.expires_at):
+    if keys.is_ending(key):
         until += " (soon: rotate it)"
     if key.previous_until and key.previous_until > now:
         until += f", its old secret {key.previous_until:%Y-%m-%d %H:%M} UTC"

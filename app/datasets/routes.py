@@ -20,7 +20,7 @@ from app.references import UploadReference
 MAX_FORM_FIELDS = 20
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
-DatasetId = Annotated[str, Path(description="As POST /v1/datasets answered it.")]
+DatasetId = Annotated[str, Path(max_length=100, description="As POST /v1/datasets answered it.")]
 
 
 def _upload_form() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from app.trail.service import Action, record
 KEY_PREFIX = "wnw_"
 LAST_USED_PRECISION = timedelta(minutes=1)  # a write per request would cost more than it tells
 SOON = timedelta(days=14)
+SOON_SHARE = 1 / 4  # of a key's life; one that is made for a week is not near its end at once
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Caller:
     Attributes:
         requests_per_minute: of the key or its tenant; None for the setting, 0 for no limit.
         expires_at: when what was sent opens no more.
+        is_ending: whether that is soon, so that it is time for a new secret.
     """
 
     tenant: str
@@ -36,11 +38,7 @@ class Caller:
     scopes: frozenset[str] = ALL_SCOPES
     requests_per_minute: int | None = None
     expires_at: datetime | None = None
-
-    @property
-    def expires_soon(self) -> bool:
-        """Whether it is time to rotate the key."""
-        return self.expires_at is not None and is_soon(self.expires_at)
+    is_ending: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,10 @@ class NewKey:
     scopes: list[str]
 
 
-def is_soon(expires_at: datetime) -> bool:
-    """Return whether a key that ends then should be rotated by now."""
-    return expires_at - datetime.now(UTC) < SOON
+def is_ending(key: ApiKey) -> bool:
+    """Return whether it is time to rotate a key: it ends soon, by the length of its life."""
+    life = key.expires_at - key.created_at
+    return key.expires_at - datetime.now(UTC) < min(SOON, SOON_SHARE * life)
 
 
 def _digest(secret: str) -> bytes:
@@ -172,6 +171,7 @@ def caller_of(engine: Engine, secret: str) -> Caller | None:
         if found is None:
             return None
         key, of_tenant = found
+        is_old_secret = key.sha256 != digest
         session.execute(
             update(ApiKey)
             .where(
@@ -191,7 +191,8 @@ def caller_of(engine: Engine, secret: str) -> Caller | None:
             requests_per_minute=of_tenant
             if key.requests_per_minute is None
             else key.requests_per_minute,
-            expires_at=key.expires_at if key.sha256 == digest else key.previous_until,
+            expires_at=key.previous_until if is_old_secret else key.expires_at,
+            is_ending=is_old_secret or is_ending(key),
         )
 
 

@@ -67,12 +67,12 @@ def test_a_revoked_key_opens_with_neither_secret_and_is_not_rotated(engine: Engi
 
 
 def test_answers_warn_of_a_key_that_soon_ends(api: FastAPI, engine: Engine) -> None:
-    key = create_key(engine, tenant="one", name="k", valid_days=15)
+    key = create_key(engine, tenant="one", name="k", valid_days=1)
     path = "/v1/audits"
     assert "Winnow-Key-Expires" not in ask(api, key.secret).get(path).headers
     soon = datetime.now(UTC) + timedelta(days=13)
     with transaction(engine) as session:
-        session.execute(update(ApiKey).values(expires_at=soon))
+        session.execute(update(ApiKey).values(expires_at=soon, created_at=long_ago()))
     for answered in (path, "/v1/audits/aud_none"):  # a refusal too
         said = ask(api, key.secret).get(answered).headers["Winnow-Key-Expires"]
         assert said == soon.isoformat(timespec="seconds")
