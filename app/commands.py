@@ -1,19 +1,29 @@
-"""The service's verbs of the command `winnow`: serve, api, worker, migrate, keys; and its doctor.
+"""The service's verbs of `winnow`: serve, api, worker, migrate, keys, limits; and its doctor.
 
 The client loads this module for every call, so it only declares them: `app.verbs` imports what is
 heavy, when a verb is run.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from winnow.commands.findings import Finding, add_checks
 from winnow.commands.session import Json
 
+if TYPE_CHECKING:
+    from app.keys.service import NewKey
+
 DEFAULT_KEY_DAYS = 365
+DEFAULT_OVERLAP_HOURS = 24.0
+AS_SETTING = "default"
+SHOWN_OF_KEY = (
+    *("id", "tenant", "name", "scopes", "requests_per_minute", "created_at", "expires_at"),
+    *("previous_until", "revoked_at", "last_used_at"),
+)
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")]
 Port = Annotated[
@@ -21,6 +31,9 @@ Port = Annotated[
 ]
 DataDir = Annotated[
     Path | None, typer.Option(help="Where everything is kept. [default: ./.winnow]")
+]
+OwnLimit = Annotated[
+    str | None, typer.Option(metavar="N", help="A number; 0: no limit; default: as the setting.")
 ]
 
 
@@ -32,8 +45,13 @@ def register(app: typer.Typer) -> None:
     keys = typer.Typer(no_args_is_help=True, help="API keys of this service.")
     keys.command("create")(_explaining(create_key))
     keys.command("list")(_explaining(list_keys))
+    keys.command("rotate")(_explaining(rotate_key))
     keys.command("revoke")(_explaining(revoke_key))
     app.add_typer(keys, name="keys")
+    limits = typer.Typer(no_args_is_help=True, help="What each tenant may use.")
+    limits.command("set")(_explaining(set_limits))
+    limits.command("list")(_explaining(list_limits))
+    app.add_typer(limits, name="limits")
 
 
 def look_around() -> Iterable[Finding]:
@@ -105,41 +123,75 @@ def create_key(
     days: Annotated[
         int, typer.Option(min=1, max=3650, help="How long it is valid.")
     ] = DEFAULT_KEY_DAYS,
+    scopes: Annotated[
+        str | None,
+        typer.Option(help="What it may do, such as audits:read,decisions:write. [default: all]"),
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None,
+        typer.Option(min=0, help="How often it may call; 0: no limit. [default: as its tenant]"),
+    ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Make an API key and print it, once: only its hash is kept."""
     from app import verbs
 
-    key = verbs.create_key(data_dir=data_dir, tenant=tenant, name=name, valid_days=days)
-    if as_json:
-        _answer(
-            {
-                "id": key.id,
-                "tenant": tenant,
-                "name": name,
-                "expires_at": key.expires_at,
-                "secret": key.secret,
-            }
+    try:
+        key = verbs.create_key(
+            data_dir=data_dir,
+            tenant=tenant,
+            name=name,
+            valid_days=days,
+            scopes=scopes,
+            requests_per_minute=requests_per_minute,
         )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--scopes") from error
+    _show_secret(key, as_json=as_json)
+
+
+def rotate_key(
+    key_id: Annotated[str, typer.Argument(help="As `winnow keys list` shows it.")],
+    *,
+    overlap_hours: Annotated[
+        float, typer.Option(min=0, help="How long the secret before it opens on.")
+    ] = DEFAULT_OVERLAP_HOURS,
+    days: Annotated[
+        int, typer.Option(min=1, max=3650, help="How long the new secret is valid.")
+    ] = DEFAULT_KEY_DAYS,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Give a key a new secret and print it, once; the old one opens on for a while."""
+    from app import verbs
+
+    key = verbs.rotate_key(key_id, data_dir=data_dir, valid_days=days, overlap_hours=overlap_hours)
+    _show_secret(key, as_json=as_json)
+
+
+def _show_secret(key: "NewKey", *, as_json: bool) -> None:
+    if as_json:
+        _answer(asdict(key))
         return
-    typer.echo(f"{key.id} of tenant {tenant}, valid until {key.expires_at:%Y-%m-%d}:", err=True)
+    typer.echo(f"{key.id} of tenant {key.tenant}, valid until {key.expires_at:%Y-%m-%d}:", err=True)
     typer.echo(key.secret)
 
 
 def list_keys(*, data_dir: DataDir = None, as_json: Json = False) -> None:
-    """List the keys, without their secrets."""
+    """List the keys, without their secrets; those that soon end are marked."""
     from app import verbs
 
     keys = verbs.list_keys(data_dir=data_dir)
     if as_json:
-        shown = ("id", "tenant", "name", "created_at", "expires_at", "revoked_at", "last_used_at")
-        _answer([{name: getattr(key, name) for name in shown} for key in keys])
+        _answer([{name: getattr(key, name) for name in SHOWN_OF_KEY} for key in keys])
         return
     for key in keys:
-        state = "revoked" if key.revoked_at else f"until {key.expires_at:%Y-%m-%d}"
         used = f"{key.last_used_at:%Y-%m-%d}" if key.last_used_at else "never"
-        typer.echo(f"{key.id}  {key.tenant}  {key.name}  {state}  used: {used}")
+        scopes = "all scopes" if key.scopes is None else ",".join(key.scopes)
+        typer.echo(
+            f"{key.id}  {key.tenant}  {key.name}  {verbs.standing_of(key)}  {scopes}  used: {used}"
+        )
 
 
 def revoke_key(
@@ -156,6 +208,68 @@ def revoke_key(
         _answer({"id": key_id, "revoked": True})
     else:
         typer.echo(f"{key_id} is revoked.")
+
+
+def set_limits(
+    tenant: Annotated[str, typer.Argument(help="Whose limits.")],
+    *,
+    requests_per_minute: OwnLimit = None,
+    max_open_audits: OwnLimit = None,
+    max_dataset_rows: OwnLimit = None,
+    max_dataset_bytes: OwnLimit = None,
+    worker_minutes_per_day: OwnLimit = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Set what a tenant may use, in place of the WINNOW_… settings of the same names."""
+    from app import verbs
+
+    given = {
+        "requests_per_minute": requests_per_minute,
+        "max_open_audits": max_open_audits,
+        "max_dataset_rows": max_dataset_rows,
+        "max_dataset_bytes": max_dataset_bytes,
+        "worker_minutes_per_day": worker_minutes_per_day,
+    }
+    changes = {
+        name: None if value == AS_SETTING else _whole(name, value)
+        for name, value in given.items()
+        if value is not None
+    }
+    if not changes:
+        raise typer.BadParameter("give one limit or more; --help lists them")
+    verbs.set_limits(tenant, data_dir=data_dir, changes=changes)
+    if as_json:
+        _answer({"tenant": tenant, **changes})
+    else:
+        typer.echo(f"The limits of {tenant} are set.")
+
+
+def _whole(name: str, value: str) -> int:
+    if not value.isdecimal():
+        option = f"--{name.replace('_', '-')}"
+        raise typer.BadParameter(
+            f"{value!r} is neither a number nor {AS_SETTING}", None, None, option
+        )
+    return int(value)
+
+
+def list_limits(*, data_dir: DataDir = None, as_json: Json = False) -> None:
+    """List the tenants that have limits of their own."""
+    from app import verbs
+    from app.limits.quotas import LIMITS
+
+    rows = [
+        {"tenant": row.tenant, **{name: getattr(row, name) for name in LIMITS}}
+        for row in verbs.list_limits(data_dir=data_dir)
+    ]
+    if as_json:
+        _answer(rows)
+        return
+    for row in rows:
+        tenant = row.pop("tenant")
+        own = (f"{name}={value or 'none'}" for name, value in row.items() if value is not None)
+        typer.echo(f"{tenant}  {'  '.join(own) or 'as the settings say'}")
 
 
 def _answer(value: Any) -> None:  # noqa: ANN401  what JSON knows

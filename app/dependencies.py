@@ -1,5 +1,6 @@
 """What routes ask for: the database, the queue, the settings, the caller."""
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, cast
 
 from celery import Celery
@@ -8,14 +9,21 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import Engine
 
 from app.db import of_tenant
-from app.errors import NotAuthenticated
+from app.errors import MissingScope, NotAuthenticated, NotPermitted, RateExceeded
 from app.jobs import Sender
 from app.keys.cookie import KEY_COOKIE, refuse_other_sites
+from app.keys.scopes import NoSuchArea, scope_of
 from app.keys.service import Caller, caller_of
+from app.limits.rates import Rates
+from app.limits.uploads import UploadSlots
 from app.live.watcher import Watcher
+from app.middleware import ANSWER_HEADERS
 from app.settings import Settings
+from app.trail.service import Actor, acting
 
 DEFAULT_TENANT = "default"
+NO_KEY = "local"  # who acts where no keys are used
+EXPIRY_HEADER = "Winnow-Key-Expires"
 
 _bearer = HTTPBearer(
     auto_error=False, description="An API key of `winnow keys create`, as a bearer token."
@@ -56,12 +64,26 @@ def _caller(
     settings: SettingsDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Caller:
-    if not settings.require_keys:
-        return Caller(DEFAULT_TENANT)
-    secret = credentials.credentials if credentials else request.cookies.get(KEY_COOKIE)
+    """Let a caller in: by its key, not too often, and to what the key's scopes open."""
+    caller = Caller(DEFAULT_TENANT)
+    if settings.require_keys:
+        secret = credentials.credentials if credentials else request.cookies.get(KEY_COOKIE)
+        caller = _known_caller(request, engine, secret, is_cookie=credentials is None)
+    request.state.caller = caller
+    if caller.expires_at is not None and caller.is_ending:
+        _answer_with(request, {EXPIRY_HEADER: caller.expires_at.isoformat(timespec="seconds")})
+    _check_rate(request, settings, caller)
+    if settings.require_keys:
+        _check_scope(request, caller)
+    return caller
+
+
+def _known_caller(
+    request: Request, engine: Engine, secret: str | None, *, is_cookie: bool
+) -> Caller:
     if secret is None:
         raise NotAuthenticated("Send your API key as 'Authorization: Bearer wnw_…'.")
-    if credentials is None:
+    if is_cookie:
         refuse_other_sites(request)
     caller = caller_of(engine, secret)
     if caller is None:
@@ -69,6 +91,42 @@ def _caller(
             "This API key is unknown, revoked or over its date. `winnow keys create` makes one."
         )
     return caller
+
+
+def _check_rate(request: Request, settings: Settings, caller: Caller) -> None:
+    own = caller.requests_per_minute
+    per_minute = settings.requests_per_minute if own is None else own
+    if not per_minute:
+        return
+    rates = cast("Rates", request.app.state.rates)
+    rate = rates.count(caller.key_id or caller.tenant, per_minute)
+    _answer_with(request, rate.headers)
+    if rate.is_over:
+        raise RateExceeded(
+            f"This key may make {rate.limit} requests a minute (WINNOW_REQUESTS_PER_MINUTE, or "
+            f"what was set for the key or its tenant). Try again in {rate.seconds} s.",
+            limit=rate.limit,
+            headers={"Retry-After": str(rate.seconds)},
+        )
+
+
+def _check_scope(request: Request, caller: Caller) -> None:
+    try:
+        scope = scope_of(request.method, request.scope["path"])
+    except NoSuchArea as error:
+        raise NotPermitted("No key opens this path.") from error
+    if scope is not None and scope not in caller.scopes:
+        raise MissingScope(
+            f"The key {caller.key_name!r} lacks the scope {scope}, which this call needs. "
+            "`winnow keys create --scopes` makes one that has it.",
+            scope=scope.value,
+        )
+
+
+def _answer_with(request: Request, headers: Mapping[str, str]) -> None:
+    """Let the answer carry headers, whatever it will be."""
+    kept = request.scope["state"].setdefault(ANSWER_HEADERS, [])
+    kept += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 
 CallerDep = Annotated[Caller, Depends(_caller)]
@@ -82,9 +140,18 @@ TenantDep = Annotated[str, Depends(_tenant)]
 """Whose things count: every query on audits, datasets and rankings is limited to this tenant."""
 
 
-def _tenants_engine(engine: ServiceEngineDep, tenant: TenantDep) -> Engine:
-    return of_tenant(engine, tenant)
+def engine_of(request: Request, engine: ServiceEngineDep, caller: CallerDep) -> Engine:
+    """Return the database as a caller's tenant has it; it knows who acts in which request."""
+    actor = Actor(caller.key_name or NO_KEY, caller.key_id, request.state.request_id)
+    return acting(of_tenant(engine, caller.tenant), actor)
 
 
-EngineDep = Annotated[Engine, Depends(_tenants_engine)]
+EngineDep = Annotated[Engine, Depends(engine_of)]
 """The database as the caller's tenant has it, whatever a query forgets to say."""
+
+
+def upload_slot(request: Request, tenant: TenantDep) -> Iterator[None]:
+    """Hold one of the places for uploads while a route runs."""
+    slots = cast("UploadSlots", request.app.state.upload_slots)
+    with slots.taken(tenant):
+        yield

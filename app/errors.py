@@ -80,6 +80,46 @@ class NotPermitted(AppError):
     status = HTTPStatus.FORBIDDEN
 
 
+class MissingScope(AppError):
+    """The caller's key does not have the scope that the call needs."""
+
+    type_ = "missing-scope"
+    title = "The key lacks a scope"
+    status = HTTPStatus.FORBIDDEN
+
+
+class RateExceeded(AppError):
+    """The caller's key was used too often within a minute."""
+
+    type_ = "rate-exceeded"
+    title = "Too many requests"
+    status = HTTPStatus.TOO_MANY_REQUESTS
+
+
+class QuotaExceeded(AppError):
+    """The caller's tenant has used up what it may."""
+
+    type_ = "quota-exceeded"
+    title = "Quota used up"
+    status = HTTPStatus.TOO_MANY_REQUESTS
+
+
+class Busy(AppError):
+    """The server does as much of this as it can at once."""
+
+    type_ = "busy"
+    title = "Busy"
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class HeadTooSlow(AppError):
+    """The line and headers of a request did not come in time."""
+
+    type_ = "http-request-timeout"
+    title = "Request Timeout"
+    status = HTTPStatus.REQUEST_TIMEOUT
+
+
 class RangeNotSatisfiable(AppError):
     """The part of a file that was asked for does not exist."""
 
@@ -128,10 +168,23 @@ class FieldConflict(ValueError):
 class BodyTooLarge(HTTPException):
     """The body is larger than this server takes."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, setting: str) -> None:
         super().__init__(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"The body is larger than the {limit:,} bytes that this server takes here.",
+            f"The body is larger than the {limit:,} bytes that this server takes here ({setting}).",
+        )
+
+
+class BodyTooSlow(HTTPException):
+    """The body comes too slowly, or has stopped to come."""
+
+    def __init__(self, seconds: float, rate: int) -> None:
+        super().__init__(
+            HTTPStatus.REQUEST_TIMEOUT,
+            f"The body came too slowly. This server waits {seconds:g} s for a part of it "
+            f"(WINNOW_SLOW_CLIENT_SECONDS), and beyond those takes {rate:,} bytes a second or more "
+            "(WINNOW_MIN_BODY_RATE).",
+            headers={"Connection": "close"},
         )
 
 

@@ -14,14 +14,25 @@ from app.audits import routes as audit_routes
 from app.datasets import routes as dataset_routes
 from app.db import make_engine
 from app.decisions import routes as decision_routes
-from app.errors import InvalidRequest, NotAuthenticated, install_error_handlers, problem_responses
+from app.errors import (
+    InvalidRequest,
+    MissingScope,
+    NotAuthenticated,
+    RateExceeded,
+    install_error_handlers,
+    problem_responses,
+)
 from app.experiments import routes as experiment_routes
 from app.exports import routes as export_routes
 from app.jobs import Sender, make_celery
+from app.keys.described import describe_scopes
+from app.limits.rates import Rates
+from app.limits.uploads import UploadSlots
 from app.live.events import install_end_of_streams
 from app.live.watcher import Watcher
 from app.middleware import BodyLimit, LoopbackOnly, RequestContext
 from app.settings import Settings
+from app.trail import routes as trail_routes
 from app.version import VERSION
 from app.web import report_routes
 from app.web import routes as page_routes
@@ -58,6 +69,7 @@ TAGS = [
     },
     {"name": "datasets", "description": "Upload labelled texts once, use them in many audits."},
     {"name": "webhooks", "description": "Be told when something has ended, by signed messages."},
+    {"name": "trail", "description": "Who changed what, and when."},
     {"name": "catalogue", "description": "What this server can compute."},
     {"name": "health", "description": "For load balancers and operators."},
 ]
@@ -104,6 +116,8 @@ def create_app(
     api.state.sender = Sender(the_engine, the_celery)
     api.state.counts = CountsCache()
     api.state.watcher = Watcher(the_engine)
+    api.state.rates = Rates(settings.require_broker_url())
+    api.state.upload_slots = UploadSlots(settings.max_concurrent_uploads)
     api.include_router(health.router)
     for router in (
         audit_routes.router,
@@ -115,9 +129,11 @@ def create_app(
         experiment_routes.router,
         dataset_routes.router,
         webhook_routes.router,
+        trail_routes.router,
         catalogue_routes.router,
     ):
-        api.include_router(router, responses=problem_responses(NotAuthenticated, InvalidRequest))
+        errors = problem_responses(NotAuthenticated, MissingScope, InvalidRequest, RateExceeded)
+        api.include_router(router, responses=errors)
     api.include_router(page_routes.router)
     api.mount("/static", OwnFiles(), name="static")
     # The last one added is the outermost.
@@ -126,5 +142,6 @@ def create_app(
         api.add_middleware(LoopbackOnly)
     api.add_middleware(RequestContext)
     install_error_handlers(api)
+    describe_scopes(api)
     install_end_of_streams(api)
     return api

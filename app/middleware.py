@@ -1,8 +1,8 @@
 """What every request passes: an id, a log line, a limit on the body."""
 
+import asyncio
 import ipaddress
 import time
-from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
@@ -10,10 +10,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.db import new_id
-from app.errors import BodyTooLarge, NotPermitted, problem_response
+from app.errors import BodyTooLarge, BodyTooSlow, NotPermitted, problem_response
 from app.settings import Settings
 
 QUIET_PATHS = frozenset({"/healthz", "/readyz"})
+ANSWER_HEADERS = "answer_headers"  # of the request's state: what every answer to it carries
 
 log = structlog.get_logger()
 
@@ -29,7 +30,8 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         request_id = new_id("req")
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         started = time.perf_counter()
         answered: float | None = None
         status = 500
@@ -41,6 +43,7 @@ class RequestContext:
                 message["headers"] = [
                     *message.get("headers", []),
                     (b"x-request-id", request_id.encode()),
+                    *state.get(ANSWER_HEADERS, ()),
                 ]
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
@@ -62,7 +65,7 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuse bodies over the limit, by their declared and by their real length."""
+    """Refuse bodies over the limit, by their declared and by their real length, and slow ones."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
@@ -73,22 +76,52 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         is_upload = scope["path"].rstrip("/") == "/v1/datasets"
-        limit = self._settings.max_upload_bytes if is_upload else self._settings.max_body_bytes
+        name = "max_upload_bytes" if is_upload else "max_body_bytes"
+        too_large = BodyTooLarge(getattr(self._settings, name), f"WINNOW_{name.upper()}")
+        limit: int = getattr(self._settings, name)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         is_declared_too_large = declared.isdigit() and int(declared) > limit
-        received = 0
+        body = _Body(receive, self._settings)
 
         async def limited_receive() -> Message:
-            nonlocal received
             if is_declared_too_large:
-                raise BodyTooLarge(limit)
-            message: dict[str, Any] = dict(await receive())
-            received += len(message.get("body", b""))
-            if received > limit:
-                raise BodyTooLarge(limit)
+                raise too_large
+            message = await body.receive()
+            if body.num_bytes > limit:
+                raise too_large
             return message
 
         await self._app(scope, limited_receive, send)
+
+
+class _Body:
+    """A body as it comes; a client that stops or trickles is not waited for without end.
+
+    Only the time that was spent waiting counts, not what the server does with the parts.
+    """
+
+    def __init__(self, receive: Receive, settings: Settings) -> None:
+        self._receive = receive
+        self._seconds = settings.slow_client_seconds
+        self._rate = settings.min_body_rate
+        self._waited = 0.0
+        self._is_whole = False
+        self.num_bytes = 0
+
+    async def receive(self) -> Message:
+        if self._is_whole:  # what comes next is the client's going away
+            return await self._receive()
+        allowed = self._seconds + self.num_bytes / self._rate - self._waited
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(min(self._seconds, max(allowed, 0))):
+                message = dict(await self._receive())
+        except TimeoutError as error:
+            raise BodyTooSlow(self._seconds, self._rate) from error
+        self._waited += time.perf_counter() - began
+        self.num_bytes += len(message.get("body", b""))
+        self._is_whole = not message.get("more_body", False)
+        return message
 
 
 class LoopbackOnly:

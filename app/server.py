@@ -14,6 +14,7 @@ from app.logs import configure_logging
 from app.main import create_app
 from app.middleware import is_loopback_host
 from app.settings import Settings, get_settings
+from app.slow_clients import PatientProtocol
 
 GRACE_SECONDS = 5
 
@@ -62,6 +63,7 @@ def run_api(settings: Settings, listener: socket.socket) -> None:
         log_level="warning",
         access_log=False,  # the middleware writes one line per request
         timeout_graceful_shutdown=GRACE_SECONDS,
+        http=PatientProtocol,
     )
     _Server(config).run(sockets=[listener])
 

@@ -44,6 +44,43 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(1024**2, gt=0, description="Largest JSON body.")
     max_rows: int = Field(2_000_000, gt=0, description="Most rows in one dataset.")
     max_text_chars: int = Field(100_000, gt=0, description="Longest text in a dataset.")
+    max_concurrent_uploads: int = Field(
+        8, gt=0, description="Uploads that one API process takes at once; a tenant may have half."
+    )
+    slow_client_seconds: float = Field(
+        30,
+        gt=0,
+        description="How long a client may take for the head of a request, for the next part of "
+        "its body, or to take some of an answer.",
+    )
+    min_body_rate: int = Field(
+        10_000,
+        gt=0,
+        description="Bytes a second that a body must come with, after the first "
+        "WINNOW_SLOW_CLIENT_SECONDS.",
+    )
+
+    requests_per_minute: int = Field(
+        0, ge=0, description="How often a key may call; 0 for no limit."
+    )
+    max_open_audits: int = Field(
+        0, ge=0, description="Audits of a tenant that have not ended; 0 for no limit."
+    )
+    max_dataset_rows: int = Field(
+        0, ge=0, description="Rows of all uploads of a tenant; 0 for no limit."
+    )
+    max_dataset_bytes: int = Field(
+        0, ge=0, description="Bytes of all uploads of a tenant; 0 for no limit."
+    )
+    worker_minutes_per_day: int = Field(
+        0,
+        ge=0,
+        description="Minutes of workers that a tenant may use on a day (UTC) before no more audits "
+        "are taken; 0 for no limit.",
+    )
+    trail_days: float = Field(
+        365, ge=0, description="How long it is kept who did what; 0 for ever."
+    )
 
     lease_seconds: float = Field(60, gt=0, description="A worker's hold on a unit of work.")
     heartbeat_seconds: float = Field(3, gt=0, description="How often a worker renews its hold.")

@@ -12,6 +12,8 @@ from app.datasets.models import Dataset
 from app.decisions.models import Decision, DecisionBatch, DecisionChange
 from app.experiments.models import Experiment
 from app.keys.models import ApiKey
+from app.limits.models import TenantLimits, WorkerUsage
+from app.trail.models import TrailEntry
 from app.webhooks.models import Webhook, WebhookDelivery
 from app.work.models import WorkerHeartbeat, WorkUnit
 
@@ -26,10 +28,13 @@ __all__ = [
     "IdempotencyKey",
     "RankedSample",
     "Ranking",
+    "TenantLimits",
+    "TrailEntry",
     "TrainingSample",
     "ValidationSample",
     "Webhook",
     "WebhookDelivery",
     "WorkUnit",
     "WorkerHeartbeat",
+    "WorkerUsage",
 ]

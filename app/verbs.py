@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,21 @@ from sqlalchemy.orm import Session
 from app import supervisor
 from app.db import make_engine
 from app.embedded import DataDirectoryInUse, ServerDidNotStart, embedded_postgres
-from app.errors import NotFound
+from app.errors import Conflict, NotFound
 from app.jobs import CPU_QUEUE_NAME, QUEUE_NAME
 from app.keys import service as keys
 from app.keys.models import ApiKey
+from app.keys.scopes import read_scopes
 from app.keys.service import NewKey
+from app.limits import quotas
+from app.limits.models import TenantLimits
 from app.migrate import migrate as upgrade
 from app.server import RefusedToStart, open_socket, run_api
 from app.settings import MissingSetting, Settings, get_settings
 from app.work.models import WorkerHeartbeat
 
 EXPLAINED = (
+    Conflict,
     DataDirectoryInUse,
     MissingSetting,
     NotFound,
@@ -39,6 +43,8 @@ EXPLAINED = (
 
 def explain(error: Exception) -> str:
     """Return one of the explained errors as a sentence."""
+    if isinstance(error, Conflict):
+        return str(error.detail)
     if isinstance(error, NotFound):
         return f"{error.detail} `winnow keys list` shows those there are."
     if isinstance(error, OperationalError):
@@ -95,16 +101,76 @@ def migrate() -> None:
     engine.dispose()
 
 
-def create_key(*, data_dir: Path | None, tenant: str, name: str, valid_days: int) -> NewKey:
-    """Make an API key."""
+def create_key(
+    *,
+    data_dir: Path | None,
+    tenant: str,
+    name: str,
+    valid_days: int,
+    scopes: str | None,
+    requests_per_minute: int | None,
+) -> NewKey:
+    """Make an API key.
+
+    Raises:
+        ValueError: a scope that there is not.
+    """
+    chosen = None if scopes is None else read_scopes(scopes)
     with _database(data_dir) as engine:
-        return keys.create_key(engine, tenant=tenant, name=name, valid_days=valid_days)
+        return keys.create_key(
+            engine,
+            tenant=tenant,
+            name=name,
+            valid_days=valid_days,
+            scopes=chosen,
+            requests_per_minute=requests_per_minute,
+        )
+
+
+def rotate_key(
+    key_id: str, *, data_dir: Path | None, valid_days: int, overlap_hours: float
+) -> NewKey:
+    """Give a key a new secret.
+
+    Raises:
+        NotFound: there is no such key.
+        Conflict: it was revoked.
+    """
+    with _database(data_dir) as engine:
+        return keys.rotate_key(engine, key_id, valid_days=valid_days, overlap_hours=overlap_hours)
+
+
+def set_limits(tenant: str, *, data_dir: Path | None, changes: dict[str, int | None]) -> None:
+    """Set some limits of a tenant."""
+    with _database(data_dir) as engine:
+        quotas.set_limits(engine, tenant, changes)
+
+
+def list_limits(*, data_dir: Path | None) -> list[TenantLimits]:
+    """Return the tenants that have limits of their own."""
+    with _database(data_dir) as engine:
+        return quotas.list_limits(engine)
 
 
 def list_keys(*, data_dir: Path | None) -> list[ApiKey]:
     """Return all keys."""
     with _database(data_dir) as engine:
         return keys.list_keys(engine)
+
+
+def standing_of(key: ApiKey) -> str:
+    """Return in words how long a key opens."""
+    until = f"until {key.expires_at:%Y-%m-%d}"
+    now = datetime.now(UTC)
+    if key.revoked_at:
+        return "revoked"
+    if key.expires_at <= now:
+        return f"over since {key.expires_at:%Y-%m-%d}"
+    if keys.is_ending(key):
+        until += " (soon: rotate it)"
+    if key.previous_until and key.previous_until > now:
+        until += f", its old secret {key.previous_until:%Y-%m-%d %H:%M} UTC"
+    return until
 
 
 def revoke_key(key_id: str, *, data_dir: Path | None) -> None:

@@ -15,6 +15,7 @@ from app.jobs import TASK_NAME, send_units
 from app.logs import configure_logging
 from app.settings import Settings, get_settings
 from app.work import repository as work
+from app.work.fairness import claim_in_turn
 from app.work.repository import CancelPending, Claim, Failure, LeaseLost
 from workers.lease import CancelRequested, Draining, Hold, HoldLost
 
@@ -50,11 +51,11 @@ def _process_engine() -> Engine:
 
 @shared_task(name=TASK_NAME, bind=True)  # type: ignore[untyped-decorator]
 def run_unit(self: object, unit_id: str) -> None:
-    """Look at a unit of work; a unit that is held or over needs nothing."""
+    """Do the unit whose turn it is; the one that is named says only where to look."""
     settings = get_settings()
     engine = _process_engine()
     owner = f"{socket.gethostname()}:{os.getpid()}"
-    claim = work.claim(engine, unit_id, owner=owner, lease_seconds=settings.lease_seconds)
+    claim = claim_in_turn(engine, unit_id, owner=owner, lease_seconds=settings.lease_seconds)
     if claim is None:
         log.info("nothing_to_claim", unit_id=unit_id)
         return

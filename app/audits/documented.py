@@ -19,8 +19,10 @@ from app.audits.filters import (
 from app.audits.service import Results
 from app.pagination import Cursor, Limit, cut_page, decode_cursor, encode_cursor
 
-AuditId = Annotated[str, Path(description="As POST /v1/audits answered it.")]
-RankingId = Annotated[str, Path(description="As POST /v1/audits/{audit_id}/rankings answered it.")]
+AuditId = Annotated[str, Path(max_length=100, description="As POST /v1/audits answered it.")]
+RankingId = Annotated[
+    str, Path(max_length=100, description="As POST /v1/audits/{audit_id}/rankings answered it.")
+]
 OfRanking = Annotated[
     str | None,
     Query(max_length=100, description="Which ranking. Default: the audit's own."),

@@ -19,7 +19,9 @@ from app.audits.schemas import AuditRequest, RankingRequest
 from app.audits.service import Results, existing, no_results
 from app.db import new_id, transaction
 from app.errors import Conflict, FieldConflict, InvalidRequest, NotFound
+from app.limits.quotas import check_worker_time
 from app.settings import Settings
+from app.trail.service import Action, record
 from app.work.repository import add_ranking_unit
 
 RETRY_SECONDS = 2
@@ -56,6 +58,7 @@ def submit(
         NotFound: there is no such audit, or it is another tenant's.
         Conflict: the audit has no results, or its influence files are gone; or the key's ranking.
         InvalidRequest: the field that is wrong, or a key that came with another body.
+        QuotaExceeded: the tenant has had its time of workers for today.
     """
     call = None
     if idempotency_key is not None:
@@ -89,9 +92,11 @@ def submit(
         )
         if call is not None:
             call.claim(session, ranking.id)
+        check_worker_time(session, settings, tenant=tenant)
         session.add(ranking)
         session.flush()
         unit_ids = add_ranking_unit(session, ranking)
+        record(session, Action.RANKING_SUBMIT, ranking.id, tenant=tenant)
     log.info("ranking_accepted", audit_id=audit_id, ranking_id=ranking.id, tenant=tenant)
     return RankingSubmission(ranking, unit_ids, is_replay=False)
 
@@ -184,6 +189,7 @@ def delete(
                 state=ranking.state,
             )
         session.delete(ranking)
+        record(session, Action.RANKING_DELETE, ranking_id, tenant=tenant)
     folder = audit_folder(settings.data_dir, audit_id) / ranking.folder
     shutil.rmtree(folder, ignore_errors=True)
     log.info("ranking_deleted", audit_id=audit_id, ranking_id=ranking_id)

@@ -12,6 +12,10 @@ from app.datasets.files import ColumnNames
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9_.]{1,200}|all-linear)$")]
 Task = Literal["classification", "causal_lm"]
+Metadata = dict[
+    Annotated[str, StringConstraints(min_length=1, max_length=100)],
+    Annotated[str, StringConstraints(max_length=1000)],
+]
 _LAYERS = r"(all|WE|CL|\d{2,3}(-\d{2,3})?)"
 Layers = Annotated[str, StringConstraints(max_length=1000, pattern=rf"^{_LAYERS}(,{_LAYERS})*$")]
 
@@ -311,7 +315,7 @@ class AuditRequest(Strict):
         "names them; it fails when they are more than this share of a set.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of the random baseline.")
-    metadata: dict[str, str] = Field(
+    metadata: Metadata = Field(
         default_factory=dict, description="Your own key-value pairs, returned as they came."
     )
 

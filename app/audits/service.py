@@ -18,7 +18,9 @@ from app.audits.schemas import AuditRequest
 from app.datasets.repository import keep_datasets
 from app.db import new_id, transaction
 from app.errors import AppError, Conflict, NotFound
+from app.limits.quotas import check_audits
 from app.settings import Settings
+from app.trail.service import Action, record
 from app.work.models import Stage
 from app.work.repository import add_units, request_cancel
 from app.work.states import enter_state
@@ -58,6 +60,7 @@ def submit(
     Raises:
         InvalidRequest: the field that is wrong, or a key that came with another body.
         Conflict: the key's audit was deleted.
+        QuotaExceeded: the tenant may not submit one now.
     """
     call = None
     if idempotency_key is not None:
@@ -83,10 +86,12 @@ def submit(
             first = _first_answer(session, call)
             if first is not None:
                 return Submission(first, [], is_replay=True)
+        check_audits(session, settings, tenant=tenant)
         _keep_uploads(session, tenant, checked)
         session.add(audit)
         session.flush()
         unit_ids = add_units(session, audit.id, Stage.PREPARE)
+        record(session, Action.AUDIT_SUBMIT, audit.id, tenant=tenant)
     log.info("audit_accepted", audit_id=audit.id, tenant=tenant)
     return Submission(audit, unit_ids, is_replay=False)
 
@@ -136,6 +141,8 @@ def cancel(engine: Engine, *, tenant: str, audit_id: str) -> Audit:
                 f"The audit has {state.value} and cannot be cancelled any more.", state=state.value
             )
         if state is not AuditState.CANCELLED:
+            if audit.cancel_requested_at is None:
+                record(session, Action.AUDIT_CANCEL, audit.id, tenant=tenant)
             request_cancel(session, audit)
             session.flush()
             session.refresh(audit)
@@ -173,6 +180,7 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, audit_id: str) ->
                 headers={"Retry-After": str(QUEUED_RETRY_SECONDS)},
             )
         session.delete(audit)
+        record(session, Action.AUDIT_DELETE, audit_id, tenant=tenant)
     shutil.rmtree(audit_folder(settings.data_dir, audit_id), ignore_errors=True)
     log.info("audit_deleted", audit_id=audit_id)
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -12,15 +12,15 @@ from app.audits.documented import LOCATION, REPLAYED, IdempotencyKey
 from app.datasets import service
 from app.datasets.models import Dataset as DatasetRow
 from app.datasets.schemas import Dataset, UploadOptions
-from app.dependencies import EngineDep, SettingsDep, TenantDep
-from app.errors import Conflict, InvalidRequest, NotFound, StorageFull, problem_responses
+from app.dependencies import EngineDep, SettingsDep, TenantDep, upload_slot
+from app.errors import Busy, Conflict, InvalidRequest, NotFound, StorageFull, problem_responses
 from app.pagination import Cursor, Limit, Page, cut_page, decode_cursor, encode_cursor, link_next
 from app.references import UploadReference
 
 MAX_FORM_FIELDS = 20
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
-DatasetId = Annotated[str, Path(description="As POST /v1/datasets answered it.")]
+DatasetId = Annotated[str, Path(max_length=100, description="As POST /v1/datasets answered it.")]
 
 
 def _upload_form() -> dict[str, Any]:
@@ -44,8 +44,9 @@ def _upload_form() -> dict[str, Any]:
     openapi_extra=_upload_form(),
     responses={
         201: {"description": "Checked and kept.", "headers": {**LOCATION, **REPLAYED}},
-        **problem_responses(InvalidRequest, Conflict, StorageFull),
+        **problem_responses(InvalidRequest, Conflict, Busy, StorageFull),
     },
+    dependencies=[Depends(upload_slot)],
 )
 async def upload_dataset(
     *,

@@ -29,8 +29,10 @@ from app.datasets.schemas import UploadOptions
 from app.datasets.storage import upload_path
 from app.db import new_id, transaction
 from app.errors import Conflict, InvalidRequest, NotFound
+from app.limits.quotas import check_room
 from app.references import UploadReference
 from app.settings import Settings
+from app.trail.service import Action, record
 
 HEAD_BYTES = 4096
 CHUNK_BYTES = 1024**2
@@ -88,6 +90,7 @@ def store_dataset(
     Raises:
         InvalidRequest: what is wrong with the file, and where; or the key came with another file.
         Conflict: the key's dataset was deleted.
+        QuotaExceeded: it has no room beside the tenant's others.
         OSError: the disk is full (the error handlers make it a 507).
     """
     dataset_id = new_id("ds")
@@ -129,7 +132,15 @@ def store_dataset(
             if call is not None and not call.claim(session, dataset_id):
                 first = _first_answer(session, call)
             else:
+                check_room(
+                    session,
+                    settings,
+                    tenant=tenant,
+                    num_rows=dataset.num_rows,
+                    num_bytes=dataset.num_bytes,
+                )
                 session.add(dataset)
+                record(session, Action.DATASET_UPLOAD, dataset_id, tenant=tenant)
     except BaseException:
         shutil.rmtree(final.parent, ignore_errors=True)
         raise
@@ -186,6 +197,7 @@ def delete_dataset(engine: Engine, settings: Settings, *, tenant: str, dataset_i
                 "then delete the dataset."
             )
         session.delete(dataset)
+        record(session, Action.DATASET_DELETE, dataset_id, tenant=tenant)
     path = upload_path(settings.data_dir, dataset_id, dataset.format)
     shutil.rmtree(path.parent, ignore_errors=True)
     log.info("dataset_deleted", dataset_id=dataset_id)

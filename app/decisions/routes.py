@@ -17,7 +17,9 @@ from app.pagination import Cursor, Limit, Page, cut_page, decode_cursor, encode_
 
 router = APIRouter(prefix="/v1/audits/{audit_id}/decisions", tags=["decisions"])
 
-BatchId = Annotated[str, Path(description="As POST /v1/audits/{audit_id}/decisions answered it.")]
+BatchId = Annotated[
+    str, Path(max_length=100, description="As POST /v1/audits/{audit_id}/decisions answered it.")
+]
 
 
 @router.post(

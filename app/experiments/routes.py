@@ -39,7 +39,9 @@ CSV_TYPE = "text/csv; charset=utf-8"
 
 router = APIRouter(prefix="/v1/experiments", tags=["experiments"])
 
-ExperimentId = Annotated[str, Path(description="As POST /v1/experiments answered it.")]
+ExperimentId = Annotated[
+    str, Path(max_length=100, description="As POST /v1/experiments answered it.")
+]
 
 
 @router.post(

@@ -10,6 +10,7 @@ from app.audits.schemas import (
     FineTune,
     Flag,
     Layers,
+    Metadata,
     ModelSource,
     PlantNoise,
     RankingSpecification,
@@ -140,7 +141,7 @@ class ExperimentRequest(Strict):
         description="Fine-tune again without what each configuration puts lowest: the most costly "
         "part by far. null: the tables tell of detection alone.",
     )
-    metadata: dict[str, str] = Field(
+    metadata: Metadata = Field(
         default_factory=dict, max_length=50, description="Your own key-value pairs."
     )
 

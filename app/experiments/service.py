@@ -23,7 +23,9 @@ from app.experiments.models import Experiment, ExperimentState
 from app.experiments.rows import Cell
 from app.experiments.schemas import ExperimentRequest
 from app.experiments.standing import Standing
+from app.limits.quotas import check_audits
 from app.settings import Settings
+from app.trail.service import Action, record
 from app.work.models import Stage
 from app.work.repository import add_units, request_cancel
 from app.work.states import enter_state
@@ -104,6 +106,7 @@ def submit(
     Raises:
         InvalidRequest: the field that is wrong, or a key that came with another body.
         Conflict: the key's experiment was deleted.
+        QuotaExceeded: the tenant may not submit as many audits now.
     """
     call = None
     if idempotency_key is not None:
@@ -131,8 +134,10 @@ def submit(
             first = _first_answer(session, call)
             if first is not None:
                 return Submission(first, [], is_replay=True)
+        check_audits(session, settings, tenant=tenant, num_new=len(audits))
         _keep_uploads(session, tenant, checked)
         session.add(experiment)
+        record(session, Action.EXPERIMENT_SUBMIT, experiment.id, tenant=tenant)
         session.flush()
         session.add_all(audits)
         session.flush()
@@ -276,6 +281,7 @@ def cancel(engine: Engine, *, tenant: str, experiment_id: str) -> ExperimentWith
         if found.state is ExperimentState.RUNNING:
             if experiment.cancel_requested_at is None:
                 experiment.cancel_requested_at = func.now()
+                record(session, Action.EXPERIMENT_CANCEL, experiment.id, tenant=tenant)
             for audit in found.audits:
                 if not AuditState(audit.state).is_final:
                     request_cancel(session, audit)
@@ -314,6 +320,7 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, experiment_id: st
                 )
         audit_ids = [audit.id for audit in found.audits]
         session.delete(experiment)  # the database removes its audits with it
+        record(session, Action.EXPERIMENT_DELETE, experiment_id, tenant=tenant)
     for audit_id in audit_ids:
         shutil.rmtree(audit_folder(settings.data_dir, audit_id), ignore_errors=True)
     log.info("experiment_deleted", experiment_id=experiment_id)

@@ -1,7 +1,8 @@
-"""API keys: made once, shown once, kept as a hash."""
+"""API keys: made once, shown once, kept as a hash; rotated without a gap."""
 
 import hashlib
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -9,47 +10,122 @@ from sqlalchemy import Engine, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.db import new_id, transaction
-from app.errors import NotFound
+from app.errors import Conflict, NotFound
 from app.keys.models import ApiKey
+from app.keys.scopes import ALL_SCOPES, Scope, in_order
+from app.limits.models import TenantLimits
+from app.trail.service import Action, record
 
 KEY_PREFIX = "wnw_"
 LAST_USED_PRECISION = timedelta(minutes=1)  # a write per request would cost more than it tells
+SOON = timedelta(days=14)
+SOON_SHARE = 1 / 4  # of a key's life; one that is made for a week is not near its end at once
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls: the tenant, and the name of the key; None where no keys are used."""
+    """Who calls: the tenant and the key; no key where none are used.
+
+    Attributes:
+        requests_per_minute: of the key or its tenant; None for the setting, 0 for no limit.
+        expires_at: when what was sent opens no more.
+        is_ending: whether that is soon, so that it is time for a new secret.
+    """
 
     tenant: str
     key_name: str | None = None
+    key_id: str | None = None
+    scopes: frozenset[str] = ALL_SCOPES
+    requests_per_minute: int | None = None
+    expires_at: datetime | None = None
+    is_ending: bool = False
 
 
 @dataclass(frozen=True)
 class NewKey:
-    """A fresh key; `secret` is never stored and cannot be shown again."""
+    """A fresh secret; it is never stored and cannot be shown again."""
 
     id: str
+    tenant: str
+    name: str
     secret: str
     expires_at: datetime
+    scopes: list[str]
+
+
+def is_ending(key: ApiKey) -> bool:
+    """Return whether it is time to rotate a key: it ends soon, by the length of its life."""
+    life = key.expires_at - key.created_at
+    return key.expires_at - datetime.now(UTC) < min(SOON, SOON_SHARE * life)
 
 
 def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode()).digest()
 
 
-def create_key(engine: Engine, *, tenant: str, name: str, valid_days: int) -> NewKey:
-    """Make a key for a tenant: 32 random bytes, of which only the SHA-256 is stored."""
-    secret = KEY_PREFIX + secrets.token_urlsafe(32)
+def _new_secret() -> str:
+    return KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def _shown(key: ApiKey, secret: str) -> NewKey:
+    scopes = in_order(key.scopes if key.scopes is not None else ALL_SCOPES)
+    return NewKey(key.id, key.tenant, key.name, secret, key.expires_at, scopes)
+
+
+def create_key(
+    engine: Engine,
+    *,
+    tenant: str,
+    name: str,
+    valid_days: int,
+    scopes: Collection[Scope] | None = None,
+    requests_per_minute: int | None = None,
+) -> NewKey:
+    """Make a key for a tenant: 32 random bytes, of which only the SHA-256 is stored.
+
+    Args:
+        engine: the whole database.
+        tenant: whose things it opens.
+        name: what it is for.
+        valid_days: how long it opens them.
+        scopes: what it may do; all by default, those that later versions add included.
+        requests_per_minute: how often it may call; by default as its tenant may, 0: no limit.
+    """
+    secret = _new_secret()
     key = ApiKey(
         id=new_id("key"),
         tenant=tenant,
         name=name,
         sha256=_digest(secret),
         expires_at=datetime.now(UTC) + timedelta(days=valid_days),
+        scopes=None if scopes is None else in_order(scopes),
+        requests_per_minute=requests_per_minute,
     )
     with transaction(engine) as session:
         session.add(key)
-    return NewKey(key.id, secret, key.expires_at)
+        record(session, Action.KEY_CREATE, key.id, tenant=tenant)
+    return _shown(key, secret)
+
+
+def rotate_key(engine: Engine, key_id: str, *, valid_days: int, overlap_hours: float) -> NewKey:
+    """Give a key a new secret; the one before it opens on for a while, but not beyond its date.
+
+    Raises:
+        NotFound: there is no such key.
+        Conflict: it was revoked.
+    """
+    secret = _new_secret()
+    now = datetime.now(UTC)
+    with transaction(engine) as session:
+        key = _find(session, key_id)
+        if key.revoked_at is not None:
+            raise Conflict(f"The key {key_id} was revoked. Make a new one.")
+        key.previous_sha256 = key.sha256
+        key.previous_until = min(key.expires_at, now + timedelta(hours=overlap_hours))
+        key.sha256 = _digest(secret)
+        key.expires_at = now + timedelta(days=valid_days)
+        record(session, Action.KEY_ROTATE, key.id, tenant=key.tenant)
+    return _shown(key, secret)
 
 
 def list_keys(engine: Engine) -> list[ApiKey]:
@@ -59,30 +135,43 @@ def list_keys(engine: Engine) -> list[ApiKey]:
 
 
 def revoke_key(engine: Engine, key_id: str) -> None:
-    """End a key at once.
+    """End a key at once, with the secret before the last rotation.
 
     Raises:
         NotFound: there is no such key.
     """
     with transaction(engine) as session:
-        key = session.get(ApiKey, key_id)
-        if key is None:
-            raise NotFound(f"There is no key {key_id!r}.")
-        key.revoked_at = key.revoked_at or datetime.now(UTC)
+        key = _find(session, key_id)
+        if key.revoked_at is None:
+            key.revoked_at = datetime.now(UTC)
+            record(session, Action.KEY_REVOKE, key.id, tenant=key.tenant)
+
+
+def _find(session: Session, key_id: str) -> ApiKey:
+    key = session.get(ApiKey, key_id, with_for_update=True)
+    if key is None:
+        raise NotFound(f"There is no key {key_id!r}.")
+    return key
 
 
 def caller_of(engine: Engine, secret: str) -> Caller | None:
     """Return whom a key belongs to, or None when it is unknown, revoked or over."""
+    digest = _digest(secret)
+    is_old = (ApiKey.previous_sha256 == digest) & (ApiKey.previous_until > func.now())
     with transaction(engine) as session:
-        key = session.scalars(
-            select(ApiKey).where(
-                ApiKey.sha256 == _digest(secret),
+        found = session.execute(
+            select(ApiKey, TenantLimits.requests_per_minute)
+            .outerjoin(TenantLimits, TenantLimits.tenant == ApiKey.tenant)
+            .where(
+                (ApiKey.sha256 == digest) | is_old,
                 ApiKey.revoked_at.is_(None),
                 ApiKey.expires_at > func.now(),
             )
         ).one_or_none()
-        if key is None:
+        if found is None:
             return None
+        key, of_tenant = found
+        is_old_secret = key.sha256 != digest
         session.execute(
             update(ApiKey)
             .where(
@@ -94,7 +183,17 @@ def caller_of(engine: Engine, secret: str) -> Caller | None:
             )
             .values(last_used_at=func.now())
         )
-        return Caller(key.tenant, key.name)
+        return Caller(
+            key.tenant,
+            key.name,
+            key.id,
+            scopes=ALL_SCOPES if key.scopes is None else frozenset(key.scopes),
+            requests_per_minute=of_tenant
+            if key.requests_per_minute is None
+            else key.requests_per_minute,
+            expires_at=key.previous_until if is_old_secret else key.expires_at,
+            is_ending=is_old_secret or is_ending(key),
+        )
 
 
 def has_active_keys(engine: Engine) -> bool:

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from app.errors import NotAuthenticated
+from app.keys.service import Caller
 from app.version import VERSION
 from app.web import names, pictures
 from app.web.own_files import COMMON_HEADERS, STATIC, static_version
@@ -70,7 +71,16 @@ def page(
 ) -> HTMLResponse:
     """Return a page, or a part of one."""
     settings = request.app.state.settings
-    text = environment().get_template(template).render(needs_keys=settings.require_keys, **values)
+    caller: Caller | None = getattr(request.state, "caller", None)
+    text = (
+        environment()
+        .get_template(template)
+        .render(
+            needs_keys=settings.require_keys,
+            may=lambda scope: caller is not None and scope in caller.scopes,
+            **values,
+        )
+    )
     return HTMLResponse(text, status_code=status, headers={**PAGE_HEADERS, **(headers or {})})
 
 

@@ -80,6 +80,7 @@ def _report(request: Request, results: Results) -> HTMLResponse:
             chosen=chosen_configurations(ranking),
             overview=overview_of(audit, ranking, counts),
             suspects=suspects,
+            may=lambda _scope: False,  # it is a file: nothing can be changed from it
         )
     )
     name = f"{audit.id if ranking.is_own else ranking.id}-report.html"

@@ -13,10 +13,13 @@ from app.audits.assemble import assemble_sample
 from app.audits.documented import AuditId, SampleIndex
 from app.audits.models import AuditState
 from app.audits.ranking_service import results_for
-from app.dependencies import EngineDep, ServiceEngineDep, SettingsDep, TenantDep
+from app.db import transaction
+from app.dependencies import EngineDep, ServiceEngineDep, SettingsDep, TenantDep, engine_of
 from app.keys.cookie import forget_key, keep_key, local_path, refuse_other_sites
+from app.keys.scopes import Scope
 from app.keys.service import caller_of
 from app.pagination import cut_page
+from app.trail.service import Action, record
 from app.web.addresses import query_string, read_filter
 from app.web.names import DatasetNames
 from app.web.overview import chosen_configurations, overview_of
@@ -165,14 +168,17 @@ def sign_in(
     """Keep a key that opens this server in a cookie."""
     refuse_other_sites(request)
     secret = key.strip()
-    if caller_of(engine, secret) is None:
-        return page(
-            "sign_in.html",
-            request,
-            status=HTTPStatus.UNAUTHORIZED,
-            to=local_path(to),
-            error="This API key is unknown, revoked or over its date.",
-        )
+    caller = caller_of(engine, secret)
+    error = None
+    if caller is None:
+        error = "This API key is unknown, revoked or over its date."
+    elif Scope.AUDITS_READ not in caller.scopes:
+        error = f"This API key lacks the scope {Scope.AUDITS_READ}, which the pages need."
+    if caller is None or error is not None:
+        status = HTTPStatus.UNAUTHORIZED if caller is None else HTTPStatus.FORBIDDEN
+        return page("sign_in.html", request, status=status, to=local_path(to), error=error)
+    with transaction(engine_of(request, engine, caller)) as session:
+        record(session, Action.SIGN_IN, caller.key_id or "", tenant=caller.tenant)
     response = RedirectResponse(local_path(to), HTTPStatus.SEE_OTHER)
     keep_key(response, request, secret)
     return response

@@ -11,8 +11,8 @@ from app.webhooks import models, schemas, service
 
 router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
 
-WebhookId = Annotated[str, Path(description="As POST /v1/webhooks answered it.")]
-DeliveryId = Annotated[str, Path(description="As the list of deliveries has it.")]
+WebhookId = Annotated[str, Path(max_length=100, description="As POST /v1/webhooks answered it.")]
+DeliveryId = Annotated[str, Path(max_length=100, description="As the list of deliveries has it.")]
 
 
 @router.post(

@@ -75,6 +75,7 @@ class WorkUnit(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    charged_until: Mapped[datetime | None]
 
     __table_args__ = (
         UniqueConstraint(

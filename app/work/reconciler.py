@@ -19,7 +19,9 @@ from sqlalchemy.orm import Session
 from app.audits.models import Audit, IdempotencyKey, Ranking
 from app.db import transaction
 from app.jobs import QUEUES, queue_length, send_units, stages_of_queue
+from app.limits.models import WorkerUsage
 from app.settings import Settings
+from app.trail.models import TrailEntry
 from app.webhooks.models import WebhookDelivery
 from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
 from app.work.repository import Failure, Owner, fail_owner, settle_cancel
@@ -29,6 +31,7 @@ RECONCILER_LOCK = 0x77_69_6E_6F
 IDEMPOTENCY_KEPT = timedelta(hours=24)
 HEARTBEAT_KEPT = timedelta(days=1)
 DELIVERIES_KEPT = timedelta(days=30)
+USAGE_KEPT = timedelta(days=90)
 MAX_UNITS_PER_ROUND = 1000
 
 log = structlog.get_logger()
@@ -45,7 +48,7 @@ def reconcile(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
             return []
         _end_cancelled_audits(session)
         _take_back_expired_leases(session, settings)
-        _forget_old_rows(session)
+        _forget_old_rows(session, settings)
     owed = _owed_units(engine, celery, settings)
     if owed:
         send_units(engine, celery, owed)
@@ -107,7 +110,7 @@ def _expired(
     return [(owner, unit) for owner, unit in found]
 
 
-def _forget_old_rows(session: Session) -> None:
+def _forget_old_rows(session: Session, settings: Settings) -> None:
     session.execute(
         delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - IDEMPOTENCY_KEPT)
     )
@@ -117,6 +120,10 @@ def _forget_old_rows(session: Session) -> None:
     session.execute(
         delete(WebhookDelivery).where(WebhookDelivery.created_at < func.now() - DELIVERIES_KEPT)
     )
+    session.execute(delete(WorkerUsage).where(WorkerUsage.served_at < func.now() - USAGE_KEPT))
+    if settings.trail_days:
+        kept = timedelta(days=settings.trail_days)
+        session.execute(delete(TrailEntry).where(TrailEntry.at < func.now() - kept))
 
 
 def _owed_units(engine: Engine, celery: Celery, settings: Settings) -> list[str]:

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from app.audits.models import Audit, AuditState, Ranking, RankingState
 from app.db import new_id, transaction
+from app.limits.usage import charge
 from app.webhooks.outbox import owe_end
 from app.work.models import Stage, UnitState, WorkUnit
 from app.work.stages import (
@@ -97,6 +98,7 @@ def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> 
                 owner_row.samples_per_second = None
         else:
             enter_ranking_state(owner_row, RankingState.RUNNING)
+        charge(session, unit, begins=True)
         return Claim(
             unit.id,
             unit.audit_id,
@@ -338,6 +340,7 @@ def _held_unit(session: Session, held: Claim) -> WorkUnit:
     ).one_or_none()
     if unit is None:
         raise LeaseLost(held.unit_id)
+    charge(session, unit)
     return unit
 
 

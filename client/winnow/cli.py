@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from winnow.commands import audit, doctor, export, rank, session, suspects
+from winnow.commands import audit, doctor, export, rank, session, suspects, trail
 
 SERVICE_COMMANDS = "winnow.commands"
 
@@ -56,6 +56,7 @@ def make_app() -> typer.Typer:
     suspects.register(app)
     export.register(app)
     rank.register(app)
+    trail.register(app)
     doctor.register(app)
 
     @app.command()

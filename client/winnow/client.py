@@ -14,6 +14,7 @@ from winnow.calls.datasets import DatasetCalls
 from winnow.calls.decisions import DecisionCalls
 from winnow.calls.experiments import ExperimentCalls
 from winnow.calls.suspects import SuspectCalls
+from winnow.calls.trail import TrailCalls
 from winnow.calls.webhooks import WebhookCalls
 from winnow.connection import Connection
 from winnow.tables import TableKind
@@ -30,6 +31,7 @@ class AsyncClient(
     SuspectCalls,
     DecisionCalls,
     DatasetCalls,
+    TrailCalls,
     CatalogueCalls,
     AbstractAsyncContextManager["AsyncClient"],
 ):
@@ -37,8 +39,8 @@ class AsyncClient(
 
     Every call raises WinnowError when the service refuses it, and ServiceUnreachable when no
     answer comes. Calls are tried again, with growing pauses, when the connection breaks or the
-    service asks for patience (429, 503); none of them can act twice. Files are read and written
-    without leaving the event loop.
+    service asks for up to a minute's patience (429, 503); none of them can act twice. Files are
+    read and written without leaving the event loop.
 
     Args:
         base_url: where the service is, such as http://127.0.0.1:8000.
@@ -91,7 +93,7 @@ class Client(AbstractContextManager["Client"]):
 
     Every call raises WinnowError when the service refuses it, and ServiceUnreachable when no
     answer comes. Calls are tried again, with growing pauses, when the connection breaks or the
-    service asks for patience (429, 503); none of them can act twice.
+    service asks for up to a minute's patience (429, 503); none of them can act twice.
 
     Args:
         base_url: where the service is, such as http://127.0.0.1:8000.
@@ -158,6 +160,8 @@ class Client(AbstractContextManager["Client"]):
     precision = blocking(AsyncClient.precision)
     export = blocking(AsyncClient.export)
     patch = blocking(AsyncClient.patch)
+
+    trail = iterating(AsyncClient.trail)
 
     estimators = blocking(AsyncClient.estimators)
     aggregations = blocking(AsyncClient.aggregations)

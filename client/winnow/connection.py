@@ -2,6 +2,7 @@
 
 import ipaddress
 import random
+import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -10,14 +11,14 @@ from typing import Any, TypeVar
 import httpx2
 from pydantic import TypeAdapter, ValidationError
 
-from winnow.errors import ServiceUnreachable, WinnowError, error_of
+from winnow.errors import KeyExpiresSoon, ServiceUnreachable, WinnowError, error_of
 from winnow.transport import AsyncTransport, BlockingTransport, Streamed, Transport
 
 Outcome = TypeVar("Outcome")
 Answer = TypeVar("Answer")
 
 TRY_LATER = frozenset({429, 503})
-LONGEST_WAIT_SECONDS = 30.0
+LONGEST_WAIT_SECONDS = 60.0  # a minute's rate limit is over by then
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 5.0
 
@@ -53,6 +54,7 @@ class Connection:
             headers["Authorization"] = f"Bearer {api_key}"
         self._base_url = str(url)
         self._attempts = attempts
+        self._has_warned = False
         make: type[BlockingTransport | AsyncTransport]
         make = BlockingTransport if is_blocking else AsyncTransport
         self._transport: Transport = make(
@@ -126,6 +128,7 @@ class Connection:
     async def send(self, method: str, path: str, **options: Any) -> httpx2.Response:
         """Make one try; an answer that is neither a success nor 304 is raised as WinnowError."""
         response = await self._transport.request(method, path, **options)
+        self._warn_of_expiry(response)
         if not (response.is_success or response.status_code == httpx2.codes.NOT_MODIFIED):
             raise error_of(response)
         return response
@@ -138,6 +141,18 @@ class Connection:
                 raise error_of(streamed.response)
             yield streamed
 
+    def _warn_of_expiry(self, response: httpx2.Response) -> None:
+        """Warn, once, of a key that soon ends."""
+        expires_at = response.headers.get("winnow-key-expires")
+        if expires_at is not None and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"This API key ends at {expires_at}. `winnow keys rotate` at the service makes a "
+                "new secret.",
+                KeyExpiresSoon,
+                stacklevel=2,
+            )
+
     def unreachable(self, error: httpx2.TransportError) -> ServiceUnreachable:
         """Return the error for an answer that did not come."""
         return ServiceUnreachable(
@@ -147,7 +162,11 @@ class Connection:
 
 
 class Patience:
-    """Growing pauses between the tries of one call, or as long as the service asks for."""
+    """Growing pauses between the tries of one call, or as long as the service asks for.
+
+    A service that asks for more than LONGEST_WAIT_SECONDS, as for a quota of the day, is not asked
+    again: its error says when to.
+    """
 
     def __init__(
         self,
@@ -176,15 +195,14 @@ class Patience:
         self._tries_left -= 1
         asked: float | None = None
         if isinstance(error, WinnowError):
-            if not self._tries_left or error.status not in TRY_LATER:
-                raise error
             asked = error.retry_after
+            is_too_long = asked is not None and asked > LONGEST_WAIT_SECONDS
+            if not self._tries_left or error.status not in TRY_LATER or is_too_long:
+                raise error
         elif not self._tries_left or not isinstance(error, self._passing):
             raise self._connection.unreachable(error) from error
         jitter = random.uniform(0, FIRST_PAUSE_SECONDS)  # noqa: S311  no secret
-        await self._connection.sleep(
-            min(asked, LONGEST_WAIT_SECONDS) if asked else self._pause + jitter
-        )
+        await self._connection.sleep((asked or self._pause) + jitter)
         self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
 
 

@@ -48,6 +48,10 @@ class WinnowError(Exception):
         self.retry_after = retry_after
 
 
+class KeyExpiresSoon(UserWarning):
+    """The API key will open the service no more than two weeks from now."""
+
+
 class ServiceUnreachable(WinnowError):
     """No answer came, however often it was tried."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -48,10 +49,12 @@ class ScriptedService:
 
 
 @contextmanager
-def serving(app: ASGIApp) -> Iterator[str]:
+def serving(app: ASGIApp, **options: Any) -> Iterator[str]:
     """Serve an application on loopback, in a thread; yield its address."""
     server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off")
+        uvicorn.Config(
+            app, host="127.0.0.1", port=0, log_level="critical", lifespan="off", **options
+        )
     )
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -2,11 +2,12 @@
 
 import socket
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 from starlette.responses import HTMLResponse, Response
-from winnow import Client, NotDoneInTime, ServiceUnreachable, WinnowError
+from winnow import Client, KeyExpiresSoon, NotDoneInTime, ServiceUnreachable, WinnowError
 
 from tests.client.answers import audit, problem
 from tests.client.conftest import ForgetfulService, ScriptedService
@@ -194,3 +195,36 @@ def test_patience_can_end_before_the_audit_does(service: ScriptedService) -> Non
     service.answers(audit())
     with Client(service.url) as client, pytest.raises(NotDoneInTime, match="aud_1"):
         client.wait("aud_1", poll_seconds=0.05, timeout=0.2)
+
+
+def test_a_pause_longer_than_a_minute_is_left_to_the_caller(service: ScriptedService) -> None:
+    """A quota of the day is not asked for again and again."""
+    service.answers(problem(429, title="Quota used up", retry_after="3600"))
+    with Client(service.url) as client, pytest.raises(WinnowError) as caught:
+        client.get("aud_1")
+    assert (caught.value.status, caught.value.retry_after) == (429, 3600)
+    assert len(service.requests) == 1
+
+
+def test_a_submit_that_was_too_early_is_sent_again_under_the_same_key(
+    service: ScriptedService,
+) -> None:
+    service.answers(problem(429, retry_after="1"), audit())
+    started = time.monotonic()
+    with Client(service.url) as client:
+        client.submit({})
+    assert time.monotonic() - started >= 1
+    assert len({request.headers["idempotency-key"] for request in service.requests}) == 1
+
+
+def test_a_key_that_soon_ends_is_warned_of_once(service: ScriptedService) -> None:
+    answer = audit()
+    answer.headers["Winnow-Key-Expires"] = "2026-12-01T00:00:00+00:00"
+    service.answers(answer)
+    with Client(service.url) as client:
+        with pytest.warns(KeyExpiresSoon, match="ends at 2026-12-01") as warned:
+            client.get("aud_1")
+        assert len(warned) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            client.get("aud_1")

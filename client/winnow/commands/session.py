@@ -52,11 +52,17 @@ class Session:
     @contextmanager
     def client(self, *, attempts: int = 8) -> Iterator["Client"]:
         """Connect to the service."""
+        import warnings
+
         from winnow.client import Client
 
         if not self.url.startswith(("http://", "https://")):
             raise typer.BadParameter(f"{self.url!r} is no address such as {DEFAULT_URL} (--url)")
-        with Client(self.url, self.api_key, attempts=attempts) as client:
+        with (
+            warnings.catch_warnings(),
+            Client(self.url, self.api_key, attempts=attempts) as client,
+        ):
+            warnings.showwarning = lambda message, *_, **__: self.say(f"winnow: {message}")
             yield client
 
     def answer(self, value: Any) -> None:  # noqa: ANN401  a model, or what JSON knows

@@ -50,6 +50,7 @@ from winnow.results.samples import (
     Suspect,
     SuspectPage,
 )
+from winnow.results.trail import TrailEntry
 from winnow.results.verification import AgainstFull, SeedValues, Verification, VerificationArm
 from winnow.results.webhooks import Attempt, Delivery, NewWebhook, Webhook
 
@@ -110,6 +111,7 @@ __all__ = [
     "Suspect",
     "SuspectPage",
     "SuspectSummary",
+    "TrailEntry",
     "Verification",
     "VerificationArm",
     "Webhook",

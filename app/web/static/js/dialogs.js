@@ -33,5 +33,5 @@ export function startDialogs() {
       if (!menu.contains(event.target)) menu.open = false;
     }
   });
-  if (location.hash === "#new-audit") openDialog("new-audit");
+  if (location.hash === "#new-audit" && $("#new-audit")) openDialog("new-audit");
 }

@@ -64,7 +64,7 @@ export function startLive() {
   const audit = $("[data-live-audit]");
   if (audit) {
     follow(audit);
-    $("[data-cancel]").addEventListener("click", () =>
+    $("[data-cancel]")?.addEventListener("click", () =>
       attempt(async () => {
         await call(`/v1/audits/${audit.dataset.audit}/cancel`, { method: "POST" });
         say("The audit will end within seconds.");

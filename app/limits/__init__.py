@@ -1,0 +1,1 @@
+"""How much a tenant or a key may use: requests, audits, datasets, time of workers."""
