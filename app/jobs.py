@@ -10,6 +10,7 @@ from sqlalchemy import Engine, func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.db import transaction
+from app.failpoints import reach
 from app.settings import Settings
 from app.work.models import Stage, UnitState, WorkUnit
 
@@ -101,6 +102,7 @@ def send_units(engine: Engine, celery: Celery, unit_ids: list[str]) -> None:
     except (OperationalError, RedisError, OSError) as error:
         log.warning("broker_unreachable", error=str(error), units_owed=len(there) - len(sent))
     if sent:
+        reach("send.sent")
         with transaction(engine) as session:
             session.execute(
                 update(WorkUnit)

@@ -13,7 +13,7 @@ from app.decisions.models import Decision, DecisionBatch, DecisionChange
 from app.experiments.models import Experiment
 from app.keys.models import ApiKey
 from app.webhooks.models import Webhook, WebhookDelivery
-from app.work.models import WorkerHeartbeat, WorkUnit
+from app.work.models import Leftover, WorkerHeartbeat, WorkUnit
 
 __all__ = [
     "ApiKey",
@@ -24,6 +24,7 @@ __all__ = [
     "DecisionChange",
     "Experiment",
     "IdempotencyKey",
+    "Leftover",
     "RankedSample",
     "Ranking",
     "TrainingSample",

@@ -11,6 +11,7 @@ from celery.signals import setup_logging, worker_process_init
 from sqlalchemy import Engine
 
 from app.db import make_engine, transaction
+from app.failpoints import reach
 from app.jobs import TASK_NAME, send_units
 from app.logs import configure_logging
 from app.settings import Settings, get_settings
@@ -45,19 +46,27 @@ def _listen_for_drain(**_: object) -> None:
 @lru_cache
 def _process_engine() -> Engine:
     """Return this process's own connections; children are spawned, so none is inherited."""
-    return make_engine(get_settings().require_database_url())
+    return make_engine(get_settings().require_database_url(), owner=_owner())
+
+
+def _owner() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 @shared_task(name=TASK_NAME, bind=True)  # type: ignore[untyped-decorator]
 def run_unit(self: object, unit_id: str) -> None:
     """Look at a unit of work; a unit that is held or over needs nothing."""
+    # torch and transformers are loaded by the child that works, not by Celery's parent process; and
+    # before the claim: on a slow machine it may take longer than a lease
+    import workers.pipeline.run  # noqa: F401
+
     settings = get_settings()
     engine = _process_engine()
-    owner = f"{socket.gethostname()}:{os.getpid()}"
-    claim = work.claim(engine, unit_id, owner=owner, lease_seconds=settings.lease_seconds)
+    claim = work.claim(engine, unit_id, owner=_owner(), lease_seconds=settings.lease_seconds)
     if claim is None:
         log.info("nothing_to_claim", unit_id=unit_id)
         return
+    reach("unit.claimed", claim.stage)
     context = {
         "audit_id": claim.audit_id,
         "ranking_id": claim.ranking_id,
@@ -79,8 +88,7 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     Returns:
         Ids of the units that became ready.
     """
-    # torch and transformers are loaded by the child that works, not by Celery's parent process
-    # ruff: noqa: PLC0415
+    # ruff: noqa: PLC0415  as above
     from workers.pipeline.failures import INTERNAL_ERROR, failure_of, is_worth_retrying
     from workers.pipeline.rank import remove_if_deleted
     from workers.pipeline.run import run_stage
@@ -94,6 +102,8 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
                 output.write(session)
                 output.save(work.locked_owner(session, claim))
                 ready = work.complete(session, claim, result=output.result)
+                reach("unit.before_commit", claim.stage)
+            reach("unit.after_commit", claim.stage)
         except (CancelRequested, CancelPending):
             work.stop_for_cancel(engine, claim)
             log.info("unit_cancelled")

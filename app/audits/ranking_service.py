@@ -19,7 +19,9 @@ from app.audits.schemas import AuditRequest, RankingRequest
 from app.audits.service import Results, existing, no_results
 from app.db import new_id, transaction
 from app.errors import Conflict, FieldConflict, InvalidRequest, NotFound
+from app.failpoints import reach
 from app.settings import Settings
+from app.work.leftovers import note_leftover
 from app.work.repository import add_ranking_unit
 
 RETRY_SECONDS = 2
@@ -92,6 +94,8 @@ def submit(
         session.add(ranking)
         session.flush()
         unit_ids = add_ranking_unit(session, ranking)
+        reach("submit.before_commit", "ranking")
+    reach("submit.after_commit", "ranking")
     log.info("ranking_accepted", audit_id=audit_id, ranking_id=ranking.id, tenant=tenant)
     return RankingSubmission(ranking, unit_ids, is_replay=False)
 
@@ -183,8 +187,9 @@ def delete(
                 f"DELETE /v1/audits/{audit_id} removes both.",
                 state=ranking.state,
             )
+        folder = audit_folder(settings.data_dir, audit_id) / ranking.folder
+        note_leftover(session, settings, folder)
         session.delete(ranking)
-    folder = audit_folder(settings.data_dir, audit_id) / ranking.folder
     shutil.rmtree(folder, ignore_errors=True)
     log.info("ranking_deleted", audit_id=audit_id, ranking_id=ranking_id)
 

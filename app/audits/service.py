@@ -18,7 +18,9 @@ from app.audits.schemas import AuditRequest
 from app.datasets.repository import keep_datasets
 from app.db import new_id, transaction
 from app.errors import AppError, Conflict, NotFound
+from app.failpoints import reach
 from app.settings import Settings
+from app.work.leftovers import note_leftover
 from app.work.models import Stage
 from app.work.repository import add_units, request_cancel
 from app.work.states import enter_state
@@ -87,6 +89,8 @@ def submit(
         session.add(audit)
         session.flush()
         unit_ids = add_units(session, audit.id, Stage.PREPARE)
+        reach("submit.before_commit", "audit")
+    reach("submit.after_commit", "audit")
     log.info("audit_accepted", audit_id=audit.id, tenant=tenant)
     return Submission(audit, unit_ids, is_replay=False)
 
@@ -172,6 +176,7 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, audit_id: str) ->
                 state=audit.state,
                 headers={"Retry-After": str(QUEUED_RETRY_SECONDS)},
             )
+        note_leftover(session, settings, audit_folder(settings.data_dir, audit_id))
         session.delete(audit)
     shutil.rmtree(audit_folder(settings.data_dir, audit_id), ignore_errors=True)
     log.info("audit_deleted", audit_id=audit_id)

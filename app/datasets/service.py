@@ -29,8 +29,10 @@ from app.datasets.schemas import UploadOptions
 from app.datasets.storage import upload_path
 from app.db import new_id, transaction
 from app.errors import Conflict, InvalidRequest, NotFound
+from app.failpoints import reach
 from app.references import UploadReference
 from app.settings import Settings
+from app.work.leftovers import note_leftover
 
 HEAD_BYTES = 4096
 CHUNK_BYTES = 1024**2
@@ -114,7 +116,10 @@ def store_dataset(
                 summary=summary.model_dump(mode="json"),
             )
             _sync(staging)
+            with transaction(engine) as session:  # should this process die before the next one
+                note_leftover(session, settings, final.parent)
             staging.rename(final.parent)
+            reach("upload.renamed")
     call = None
     if idempotency_key is not None:
         upload = _Upload(filename=filename, sha256=sha256, options=options)
@@ -185,8 +190,9 @@ def delete_dataset(engine: Engine, settings: Settings, *, tenant: str, dataset_i
                 f"An audit that has not ended reads {dataset_id}. Cancel it or wait for its end, "
                 "then delete the dataset."
             )
+        path = upload_path(settings.data_dir, dataset_id, dataset.format)
+        note_leftover(session, settings, path.parent)
         session.delete(dataset)
-    path = upload_path(settings.data_dir, dataset_id, dataset.format)
     shutil.rmtree(path.parent, ignore_errors=True)
     log.info("dataset_deleted", dataset_id=dataset_id)
 

@@ -24,6 +24,7 @@ from app.experiments.rows import Cell
 from app.experiments.schemas import ExperimentRequest
 from app.experiments.standing import Standing
 from app.settings import Settings
+from app.work.leftovers import note_leftover
 from app.work.models import Stage
 from app.work.repository import add_units, request_cancel
 from app.work.states import enter_state
@@ -313,6 +314,8 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, experiment_id: st
                     headers={"Retry-After": str(RETRY_SECONDS)},
                 )
         audit_ids = [audit.id for audit in found.audits]
+        for audit_id in audit_ids:
+            note_leftover(session, settings, audit_folder(settings.data_dir, audit_id))
         session.delete(experiment)  # the database removes its audits with it
     for audit_id in audit_ids:
         shutil.rmtree(audit_folder(settings.data_dir, audit_id), ignore_errors=True)

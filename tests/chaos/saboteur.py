@@ -1,0 +1,98 @@
+"""Injects faults while the service works, and keeps count."""
+
+import random
+import threading
+import time
+import traceback
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from tests.chaos.cluster import Cluster
+from tests.chaos.faults import FAULTS, WAITING, Fault, NotNow
+
+PAUSE = (0.0, 1.5)
+WAITING_AT_ONCE = 2
+
+
+class Saboteur:
+    """Hits a service with a number of faults, in an order that a seed decides.
+
+    Attributes:
+        counts: how often each kind was injected.
+    """
+
+    def __init__(self, cluster: Cluster, *, seed: int) -> None:
+        self._cluster = cluster
+        self._random = random.Random(seed)
+        self._kinds: list[Fault] = []
+        self._points: list[tuple[str, str]] = []
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def num_injected(self) -> int:
+        return sum(self.counts.values())
+
+    def arm(self) -> dict[Path, str]:
+        """Leave orders at points that a request of the programme comes to."""
+        orders = {}
+        for _ in range(WAITING_AT_ONCE):
+            if not self._points:
+                self._points = self._random.sample(WAITING, len(WAITING))
+            point, action = self._points.pop()
+            orders[self._cluster.order(point, action)] = f"{action} at {point}"
+        return orders
+
+    def disarm(self, orders: dict[Path, str]) -> None:
+        """Count the orders that were carried out, and take the others back."""
+        for order, name in orders.items():
+            if self._cluster.taken_by(order) is not None:
+                self.counts[name] += 1
+            order.unlink(missing_ok=True)
+
+    def work(self, stop: threading.Event, *, num_faults: int) -> "threading.Thread":
+        """Inject faults one after the other, in the background, until told to stop."""
+
+        def run() -> None:
+            end = self.num_injected + num_faults
+            while self.num_injected < end and not stop.is_set():
+                try:
+                    self._inject_next(stop)
+                except Exception:  # noqa: BLE001  the test goes on, and the report tells
+                    self.counts["failed to inject"] += 1
+                    traceback.print_exc()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def _inject_next(self, stop: threading.Event) -> None:
+        if not self._kinds:
+            self._kinds = self._random.sample(FAULTS, len(FAULTS))
+        fault = self._kinds.pop()
+        stop.wait(self._random.uniform(*PAUSE))
+        while not stop.is_set() and not self._may_hit():
+            stop.wait(0.1)
+        if stop.is_set():
+            self._kinds.append(fault)
+            return
+        with suppress(NotNow):
+            started = time.monotonic()
+            fault.inject(self._cluster, self._random)
+            self.counts[fault.name] += 1
+            print(f"{fault.name}: {time.monotonic() - started:.1f} s", flush=True)
+
+    def _may_hit(self) -> bool:
+        """Tell whether every unit has an attempt left after this one, and some unit is open.
+
+        A unit may be tried three times; what the faults test is not that a fourth is refused.
+        """
+        try:
+            ((most,),) = self._cluster.query(
+                "SELECT max(attempts) FROM work_units WHERE state IN ('ready', 'running')"
+            )
+        except SQLAlchemyError:
+            return False
+        return most is not None and most < 2
