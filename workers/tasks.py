@@ -15,6 +15,7 @@ from app.failpoints import reach
 from app.jobs import TASK_NAME, send_units
 from app.logs import configure_logging
 from app.settings import Settings, get_settings
+from app.storage import WAITING, is_disk_full
 from app.work import repository as work
 from app.work.repository import CancelPending, Claim, Failure, LeaseLost
 from workers.lease import CancelRequested, Draining, Hold, HoldLost
@@ -89,7 +90,6 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
         Ids of the units that became ready.
     """
     # ruff: noqa: PLC0415  as above
-    from workers.pipeline.failures import INTERNAL_ERROR, failure_of, is_worth_retrying
     from workers.pipeline.rank import remove_if_deleted
     from workers.pipeline.run import run_stage
 
@@ -112,19 +112,8 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
             log.info("unit_given_back")
         except (HoldLost, LeaseLost):
             log.warning("unit_lost")
-        except Exception as error:
-            failure = failure_of(error)
-            if is_worth_retrying(error) and claim.attempts < settings.max_attempts:
-                log.exception("unit_failed_will_retry", code=failure.code)
-                work.release(engine, claim, reason=failure.message)
-            else:
-                what = "audit_failed" if claim.ranking_id is None else "ranking_failed"
-                log.exception(what, code=failure.code)
-                work.fail(
-                    engine,
-                    claim,
-                    _naming_part(failure, claim) if failure.code == INTERNAL_ERROR else failure,
-                )
+        except Exception as error:  # noqa: BLE001  whatever a stage raises has its place in the row
+            _leave_failed(engine, settings, claim, error)
         else:
             log.info("unit_done", units_ready=len(ready))
             return ready
@@ -133,6 +122,25 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     if claim.ranking_id is not None:
         remove_if_deleted(engine, settings, claim)
     return []
+
+
+def _leave_failed(engine: Engine, settings: Settings, claim: Claim, error: Exception) -> None:
+    """Give a unit back if time can heal what went wrong; else end its audit or ranking."""
+    from workers.pipeline.failures import INTERNAL_ERROR, failure_of, is_worth_retrying
+
+    failure = failure_of(error)
+    if is_disk_full(error):
+        log.error("unit_waits_for_storage", exc_info=error)
+        work.release(engine, claim, reason="the disk is full", count_attempt=False, waiting=WAITING)
+    elif is_worth_retrying(error) and claim.attempts < settings.max_attempts:
+        log.error("unit_failed_will_retry", code=failure.code, exc_info=error)
+        work.release(engine, claim, reason=failure.message)
+    else:
+        what = "audit_failed" if claim.ranking_id is None else "ranking_failed"
+        log.error(what, code=failure.code, exc_info=error)
+        if failure.code == INTERNAL_ERROR:
+            failure = _naming_part(failure, claim)
+        work.fail(engine, claim, failure)
 
 
 def _naming_part(failure: Failure, claim: Claim) -> Failure:

@@ -21,6 +21,7 @@ from app.db import new_id, transaction
 from app.errors import Conflict, FieldConflict, InvalidRequest, NotFound
 from app.failpoints import reach
 from app.settings import Settings
+from app.storage import require_room
 from app.work.leftovers import note_leftover
 from app.work.repository import add_ranking_unit
 
@@ -58,6 +59,7 @@ def submit(
         NotFound: there is no such audit, or it is another tenant's.
         Conflict: the audit has no results, or its influence files are gone; or the key's ranking.
         InvalidRequest: the field that is wrong, or a key that came with another body.
+        StorageFull: the data directory has no room.
     """
     call = None
     if idempotency_key is not None:
@@ -73,6 +75,7 @@ def submit(
         first = _first_answer(session, audit_id, call) if call else None
         if first is not None:
             return RankingSubmission(first, [], is_replay=True)
+        require_room(settings)
         _check_influence(session, settings, audit)
         of_audit = _request_of(audit)
         try:

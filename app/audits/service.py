@@ -20,6 +20,7 @@ from app.db import new_id, transaction
 from app.errors import AppError, Conflict, NotFound
 from app.failpoints import reach
 from app.settings import Settings
+from app.storage import require_room
 from app.work.leftovers import note_leftover
 from app.work.models import Stage
 from app.work.repository import add_units, request_cancel
@@ -60,6 +61,7 @@ def submit(
     Raises:
         InvalidRequest: the field that is wrong, or a key that came with another body.
         Conflict: the key's audit was deleted.
+        StorageFull: the data directory has no room.
     """
     call = None
     if idempotency_key is not None:
@@ -70,6 +72,7 @@ def submit(
             first = _first_answer(session, call)
         if first is not None:
             return Submission(first, [], is_replay=True)
+    require_room(settings)
     checked = check_request(engine, settings, tenant=tenant, request=request)
     audit = Audit(
         id=new_id("aud"),

@@ -32,6 +32,7 @@ from app.errors import Conflict, InvalidRequest, NotFound
 from app.failpoints import reach
 from app.references import UploadReference
 from app.settings import Settings
+from app.storage import require_room
 from app.work.leftovers import note_leftover
 
 HEAD_BYTES = 4096
@@ -90,8 +91,10 @@ def store_dataset(
     Raises:
         InvalidRequest: what is wrong with the file, and where; or the key came with another file.
         Conflict: the key's dataset was deleted.
-        OSError: the disk is full (the error handlers make it a 507).
+        StorageFull: the data directory has no room.
+        OSError: the disk became full meanwhile (the error handlers make it a 507).
     """
+    require_room(settings)
     dataset_id = new_id("ds")
     with _refusals_as_problems():
         file_format = options.format or guess_format(filename, file.read(HEAD_BYTES))

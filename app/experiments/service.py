@@ -24,6 +24,7 @@ from app.experiments.rows import Cell
 from app.experiments.schemas import ExperimentRequest
 from app.experiments.standing import Standing
 from app.settings import Settings
+from app.storage import require_room
 from app.work.leftovers import note_leftover
 from app.work.models import Stage
 from app.work.repository import add_units, request_cancel
@@ -105,6 +106,7 @@ def submit(
     Raises:
         InvalidRequest: the field that is wrong, or a key that came with another body.
         Conflict: the key's experiment was deleted.
+        StorageFull: the data directory has no room.
     """
     call = None
     if idempotency_key is not None:
@@ -115,6 +117,7 @@ def submit(
             first = _first_answer(session, call)
         if first is not None:
             return Submission(first, [], is_replay=True)
+    require_room(settings)
     checked = [
         _check_task(engine, settings, tenant, request, place) for place in range(len(request.tasks))
     ]

@@ -13,7 +13,7 @@ import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
-from sqlalchemy import Engine, Select, delete, func, select, text
+from sqlalchemy import Engine, Select, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from app.audits.models import Audit, IdempotencyKey, Ranking
@@ -21,6 +21,7 @@ from app.db import session_name, transaction
 from app.failpoints import reach
 from app.jobs import QUEUES, queue_length, send_units, stages_of_queue
 from app.settings import Settings
+from app.storage import WAITING, has_room
 from app.webhooks.models import WebhookDelivery
 from app.work.leftovers import remove_leftovers, remove_temporary_files
 from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
@@ -57,6 +58,8 @@ def reconcile(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
             return []
         _end_cancelled_audits(session)
         _take_back_expired_leases(session, settings)
+        if has_room(settings):
+            _let_go_on(session)
         _forget_old_rows(session)
         reach("reconcile.before_commit")
     reach("reconcile.after_commit")
@@ -136,6 +139,12 @@ def _expired(
     return [(owner, unit) for owner, unit in found]
 
 
+def _let_go_on(session: Session) -> None:
+    """Offer what waits for storage again: there is room."""
+    waiting = update(WorkUnit).where(WorkUnit.state == UnitState.READY, WorkUnit.waiting == WAITING)
+    session.execute(waiting.values(waiting=None))
+
+
 def _forget_old_rows(session: Session) -> None:
     session.execute(
         delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - IDEMPOTENCY_KEPT)
@@ -157,7 +166,7 @@ def _owed_units(engine: Engine, celery: Celery, settings: Settings) -> list[str]
         for queue in QUEUES:
             ready = (
                 select(WorkUnit.id)
-                .where(WorkUnit.state == UnitState.READY)
+                .where(WorkUnit.state == UnitState.READY, WorkUnit.waiting.is_(None))
                 .where(WorkUnit.stage.in_(stages_of_queue(queue)))
                 .order_by(WorkUnit.id)
                 .limit(MAX_UNITS_PER_ROUND)

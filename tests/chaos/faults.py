@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 import psutil
@@ -15,8 +16,10 @@ import psutil
 from app.jobs import QUEUE_NAME, TASK_NAME
 from tests.chaos.cluster import LEASE_SECONDS, Cluster
 
-UNIT_POINTS = ("unit.claimed", "file.written", "file.renamed", "unit.before_commit")
-UNIT_POINTS += ("unit.after_commit",)
+UNIT_POINTS = (
+    *("unit.claimed", "file.written", "file.renamed"),
+    *("unit.before_commit", "unit.after_commit"),
+)
 TAKEN_WITHIN = 12.0
 
 
@@ -146,7 +149,7 @@ def cut_broker_connections(cluster: Cluster, _: random.Random) -> None:
 
 def send_odd_messages(cluster: Cluster, chance: random.Random) -> None:
     """Messages of other versions: unknown ids and tasks, other arguments, no arguments."""
-    forms = (
+    forms: tuple[dict[str, Any], ...] = (
         {"args": ["wrk_of_nobody"]},
         {"args": []},
         {"args": ["a", "b"]},
