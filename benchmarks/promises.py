@@ -105,7 +105,7 @@ class Bench:
 
 def dead_worker(bench: Bench) -> tuple[float, float, int]:
     """Kill a worker; return when its unit is offered and taken, and how many units were redone."""
-    bench.begin("fine_tune", epochs=200)
+    bench.begin("fine_tune", epochs=100)
     before = sum(row.attempts for row in bench.cluster.query("SELECT attempts FROM work_units"))
     ((unit_id, epoch, owner),) = bench.held("fine_tune")
     os.kill(int(owner.rpartition(":")[2]), signal.SIGKILL)
@@ -132,7 +132,7 @@ def after_outage(bench: Bench, stop: Callable[[], Any], start: Callable[[], Any]
 
 
 def cancel(bench: Bench) -> float:
-    bench.begin("fine_tune", epochs=200)
+    bench.begin("fine_tune", epochs=100)
     started = time.monotonic()
     bench.cluster.http.post(f"/v1/audits/{bench.audit_id}/cancel").raise_for_status()
     bench.until(lambda: bench.state()["state"] == "cancelled")
@@ -152,7 +152,7 @@ def submissions(bench: Bench) -> list[float]:
 
 def drain(bench: Bench) -> tuple[float, float]:
     """Send SIGTERM to the worker of a unit; return when the unit is given back and it has ended."""
-    bench.begin("fine_tune", epochs=200)
+    bench.begin("fine_tune", epochs=100)
     ((unit_id, epoch, owner),) = bench.held("fine_tune")
     child = int(owner.rpartition(":")[2])
     (worker,) = [
