@@ -2,10 +2,8 @@
 
 import random
 import threading
-import time
 import traceback
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -78,11 +76,13 @@ class Saboteur:
         if stop.is_set():
             self._kinds.append(fault)
             return
-        with suppress(NotNow):
-            started = time.monotonic()
+        try:
             fault.inject(self._cluster, self._random)
+        except NotNow:
+            self._kinds.insert(0, fault)
+        else:
             self.counts[fault.name] += 1
-            print(f"{fault.name}: {time.monotonic() - started:.1f} s", flush=True)
+            print(fault.name, flush=True)
 
     def _may_hit(self) -> bool:
         """Tell whether every unit has an attempt left after this one, and some unit is open.
