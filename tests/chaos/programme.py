@@ -49,6 +49,16 @@ class Outcome:
     ids: dict[str, str] = field(default_factory=dict)
 
 
+def base_request(cluster: Cluster) -> dict[str, Any]:
+    """Return what the requests of audits here share."""
+    return {
+        "model": {"reference": f"file://{cluster.files / 'encoder'}"},
+        "validation": {"reference": f"file://{cluster.files / 'trusted.parquet'}"},
+        "fine_tune": FINE_TUNE,
+        "max_tokens": tiny.MAX_POSITIONS,
+    }
+
+
 class Programme:
     """Submits the work and waits for it, however often it is interrupted."""
 
@@ -63,12 +73,7 @@ class Programme:
         self.ids["dataset"] = self._post(
             "/v1/datasets", files={"file": ("train.parquet", content)}
         )["id"]
-        base = {
-            "model": {"reference": f"file://{self.cluster.files / 'encoder'}"},
-            "validation": {"reference": self._file("trusted")},
-            "fine_tune": FINE_TUNE,
-            "max_tokens": tiny.MAX_POSITIONS,
-        }
+        base = base_request(self.cluster)
         test = {"reference": self._file("test")}
         audit = {
             "train": {"reference": f"upload:{self.ids['dataset']}"},
