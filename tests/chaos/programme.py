@@ -12,6 +12,7 @@ from uuid import uuid4
 import httpx2
 
 from app.audits.folders import audit_folder
+from app.work.leftovers import TEMPORARY
 from tests.chaos.cluster import Cluster
 from tests.pipeline import tiny
 from tests.pipeline.tiny import reviews, save_encoder, write_table
@@ -120,7 +121,9 @@ class Programme:
 
     def _files(self) -> list[str]:
         root = audit_folder(self.cluster.data_dir, self.ids["audit"])
-        return sorted(ID.sub("ID", str(path.relative_to(root))) for path in root.rglob("*"))
+        there = {str(path.relative_to(root)) for path in root.rglob("*")}
+        there -= {str(path.relative_to(root)) for path in root.rglob(TEMPORARY)}  # for a while
+        return sorted(ID.sub("ID", name) for name in there)
 
     def _same(self, value: Any) -> Any:
         """Return what every run must say alike."""

@@ -10,6 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tests.chaos.cluster import Cluster
 from tests.chaos.faults import FAULTS, WAITING, Fault, NotNow
+from tests.chaos.oracle import MAX_ATTEMPTS
 
 PAUSE = (0.0, 1.5)
 WAITING_AT_ONCE = 2
@@ -27,6 +28,7 @@ class Saboteur:
         self._random = random.Random(seed)
         self._kinds: list[Fault] = []
         self._points: list[tuple[str, str]] = []
+        self._armed: dict[Path, str] = {}
         self.counts: Counter[str] = Counter()
 
     @property
@@ -41,6 +43,7 @@ class Saboteur:
                 self._points = self._random.sample(WAITING, len(WAITING))
             point, action = self._points.pop()
             orders[self._cluster.order(point, action)] = f"{action} at {point}"
+        self._armed = orders
         return orders
 
     def disarm(self, orders: dict[Path, str]) -> None:
@@ -85,14 +88,19 @@ class Saboteur:
             print(fault.name, flush=True)
 
     def _may_hit(self) -> bool:
-        """Tell whether every unit has an attempt left after this one, and some unit is open.
+        """Tell whether some unit is open, and each has a try left after this fault and the armed.
 
         A unit may be tried three times; what the faults test is not that a fourth is refused.
         """
         try:
-            ((most,),) = self._cluster.query(
-                "SELECT max(attempts) FROM work_units WHERE state IN ('ready', 'running')"
+            stages = self._cluster.query(
+                "SELECT stage, max(attempts) AS attempts FROM work_units"
+                " WHERE state IN ('ready', 'running') GROUP BY stage"
             )
         except SQLAlchemyError:
             return False
-        return most is not None and most < 2
+        armed = [str(order) for order in self._armed if order.exists()]
+        return bool(stages) and all(
+            row.attempts + sum(f"@{row.stage}:" in order for order in armed) < MAX_ATTEMPTS - 1
+            for row in stages
+        )

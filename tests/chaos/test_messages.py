@@ -50,11 +50,11 @@ def test_messages_of_other_versions_are_dropped_and_hold_nothing_up(site: Site) 
     assert [worker.num_starts for worker in cluster.workers] == starts
 
 
-def test_bytes_that_are_no_message_are_dropped_too(site: Site) -> None:
+def test_bytes_that_are_no_message_cost_a_worker_process_and_nothing_else(site: Site) -> None:
+    """Celery ends itself over them, once for each: they are taken from the queue before."""
     cluster = site.cluster
     with cluster.redis() as broker:
-        for nonsense in (b"nonsense", b"\xff\x00", b"[]", b"{}", b'{"body": 1}'):
-            broker.lpush(QUEUE_NAME, nonsense)
+        broker.lpush(QUEUE_NAME, b"nonsense")
     assert finish(cluster)["state"] == "succeeded"
 
 
