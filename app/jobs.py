@@ -1,15 +1,19 @@
 """Hand committed work to the queue, by task name: a message only says "look at unit X"."""
 
+from typing import Any
+
 import structlog
 from anyio import CapacityLimiter, to_thread
 from celery import Celery
-from kombu import Queue
+from celery.app.amqp import AMQP
+from kombu import Connection, Queue
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.db import transaction
+from app.failpoints import reach
 from app.settings import Settings
 from app.work.models import Stage, UnitState, WorkUnit
 
@@ -19,13 +23,29 @@ CPU_QUEUE_NAME = "winnow-cpu"
 QUEUES = (QUEUE_NAME, CPU_QUEUE_NAME)
 CPU_STAGES = frozenset({Stage.RANK})
 MAX_SENDERS = 2
+MAX_PAUSE = 5.0
 
 log = structlog.get_logger()
 
 
+class _Connection(Connection):
+    """Looks for a broker that is away every few seconds, however long it was away.
+
+    By default the pause grows to 30 seconds; work shall flow within 30 after the broker's return.
+    """
+
+    def ensure_connection(self, *arguments: Any, **options: Any) -> Connection:
+        return super().ensure_connection(*arguments, **{"interval_max": MAX_PAUSE, **options})
+
+
+class _Amqp(AMQP):
+    Connection = _Connection
+
+
 def make_celery(settings: Settings) -> Celery:
     """Return the Celery application that API and workers share (SERVICE.md, section 3)."""
-    celery = Celery("winnow", broker=settings.require_broker_url(), set_as_current=False)
+    broker = settings.require_broker_url()
+    celery = Celery("winnow", broker=broker, amqp=_Amqp, set_as_current=False)
     celery.conf.update(
         broker_transport_options={
             "visibility_timeout": 900,
@@ -51,6 +71,9 @@ def make_celery(settings: Settings) -> Celery:
         worker_pool="prefork",
         worker_concurrency=1,
         worker_pool_start_method="spawn",  # CUDA cannot be used after fork
+        # A spawned child imports the service before it answers. The default of 4 s killed it on a
+        # busy machine, and every one after it.
+        worker_proc_alive_timeout=120,
         worker_max_tasks_per_child=200,
         worker_soft_shutdown_timeout=60,
         worker_enable_soft_shutdown_on_idle=True,
@@ -101,6 +124,7 @@ def send_units(engine: Engine, celery: Celery, unit_ids: list[str]) -> None:
     except (OperationalError, RedisError, OSError) as error:
         log.warning("broker_unreachable", error=str(error), units_owed=len(there) - len(sent))
     if sent:
+        reach("send.sent")
         with transaction(engine) as session:
             session.execute(
                 update(WorkUnit)

@@ -88,6 +88,12 @@ class Settings(BaseSettings):
         120, gt=0, description="Without progress for this long, a worker's hold is not renewed."
     )
     reconcile_seconds: float = Field(15, gt=0, description="How often lost work is offered again.")
+    leftover_seconds: float = Field(
+        3600,
+        gt=0,
+        description="Files that a killed process left are removed after this long; longer than any "
+        "upload or stage goes without writing.",
+    )
     max_attempts: int = Field(3, ge=1, description="Tries of one unit before its audit fails.")
     worker_stale_seconds: float = Field(
         60, gt=0, description="A worker that was silent for this long counts as gone."

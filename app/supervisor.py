@@ -18,7 +18,13 @@ from sqlalchemy import Engine
 
 from app.child import start_child
 from app.db import make_engine
-from app.embedded import data_directory, embedded_postgres, embedded_valkey
+from app.embedded import (
+    EmbeddedPostgres,
+    EmbeddedValkey,
+    data_directory,
+    kept_postgres,
+    kept_valkey,
+)
 from app.keys.service import has_active_keys
 from app.logs import configure_logging
 from app.middleware import is_loopback_host
@@ -62,7 +68,7 @@ def serve(settings: Settings, *, num_workers: int | None) -> None:
     with ExitStack() as stack:
         stack.enter_context(_stop_signals(stop))
         listener = stack.enter_context(open_socket(settings.host, settings.port))
-        settings = _with_servers(stack, settings, require_keys=needs_keys)
+        settings, servers = _with_servers(stack, settings, require_keys=needs_keys)
         engine = make_engine(settings.require_database_url())
         stack.callback(engine.dispose)
         migrate(engine)
@@ -75,6 +81,7 @@ def serve(settings: Settings, *, num_workers: int | None) -> None:
         if not stop.is_set():
             _greet(settings, listener)
         while not stop.wait(LOOK_SECONDS):
+            _look_after(servers)
             for member in crew:
                 member.look()
 
@@ -86,16 +93,34 @@ def _give_back(engine: Engine) -> None:
         log.info("work_taken_up_again", units=held)
 
 
-def _with_servers(stack: ExitStack, settings: Settings, *, require_keys: bool) -> Settings:
+Server = EmbeddedPostgres | EmbeddedValkey
+
+
+def _with_servers(
+    stack: ExitStack, settings: Settings, *, require_keys: bool
+) -> tuple[Settings, list[Server]]:
     """Start the servers that the settings do not name."""
     given: dict[str, object] = {"require_keys": require_keys}
+    servers: list[Server] = []
     if settings.database_url is None:
         stack.enter_context(data_directory(settings.data_dir))
-        given["database_url"] = SecretStr(stack.enter_context(embedded_postgres(settings.data_dir)))
+        servers.append(stack.enter_context(kept_postgres(settings.data_dir)))
+        given["database_url"] = SecretStr(servers[-1].url)
     if settings.broker_url is None:
-        given["broker_url"] = SecretStr(stack.enter_context(embedded_valkey()))
+        servers.append(stack.enter_context(kept_valkey()))
+        given["broker_url"] = SecretStr(servers[-1].url)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    return settings.model_copy(update=given)
+    return settings.model_copy(update=given), servers
+
+
+def _look_after(servers: list[Server]) -> None:
+    """Start servers again that were killed; what they hold, or lose, the service goes on with."""
+    for server in servers:
+        try:
+            if server.look():
+                log.error("server_died", name=type(server).__name__)
+        except subprocess.SubprocessError as error:
+            log.warning("server_not_started", name=type(server).__name__, error=str(error))
 
 
 def _how_to_make_a_key(settings: Settings, *, is_own: bool) -> str:

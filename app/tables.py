@@ -15,7 +15,7 @@ from app.keys.models import ApiKey
 from app.limits.models import TenantLimits, WorkerUsage
 from app.trail.models import TrailEntry
 from app.webhooks.models import Webhook, WebhookDelivery
-from app.work.models import WorkerHeartbeat, WorkUnit
+from app.work.models import Leftover, WorkerHeartbeat, WorkUnit
 
 __all__ = [
     "ApiKey",
@@ -26,6 +26,7 @@ __all__ = [
     "DecisionChange",
     "Experiment",
     "IdempotencyKey",
+    "Leftover",
     "RankedSample",
     "Ranking",
     "TenantLimits",

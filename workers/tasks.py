@@ -11,9 +11,11 @@ from celery.signals import setup_logging, worker_process_init
 from sqlalchemy import Engine
 
 from app.db import make_engine, transaction
+from app.failpoints import reach
 from app.jobs import TASK_NAME, send_units
 from app.logs import configure_logging
 from app.settings import Settings, get_settings
+from app.storage import WAITING, is_disk_full
 from app.work import repository as work
 from app.work.fairness import claim_in_turn
 from app.work.repository import CancelPending, Claim, Failure, LeaseLost
@@ -46,19 +48,27 @@ def _listen_for_drain(**_: object) -> None:
 @lru_cache
 def _process_engine() -> Engine:
     """Return this process's own connections; children are spawned, so none is inherited."""
-    return make_engine(get_settings().require_database_url())
+    return make_engine(get_settings().require_database_url(), owner=_owner())
+
+
+def _owner() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 @shared_task(name=TASK_NAME, bind=True)  # type: ignore[untyped-decorator]
 def run_unit(self: object, unit_id: str) -> None:
     """Do the unit whose turn it is; the one that is named says only where to look."""
+    # torch and transformers are loaded by the child that works, not by Celery's parent process; and
+    # before the claim: on a slow machine it may take longer than a lease
+    import workers.pipeline.run  # noqa: F401
+
     settings = get_settings()
     engine = _process_engine()
-    owner = f"{socket.gethostname()}:{os.getpid()}"
-    claim = claim_in_turn(engine, unit_id, owner=owner, lease_seconds=settings.lease_seconds)
+    claim = claim_in_turn(engine, unit_id, owner=_owner(), lease_seconds=settings.lease_seconds)
     if claim is None:
         log.info("nothing_to_claim", unit_id=unit_id)
         return
+    reach("unit.claimed", claim.stage)
     context = {
         "audit_id": claim.audit_id,
         "ranking_id": claim.ranking_id,
@@ -80,9 +90,7 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     Returns:
         Ids of the units that became ready.
     """
-    # torch and transformers are loaded by the child that works, not by Celery's parent process
-    # ruff: noqa: PLC0415
-    from workers.pipeline.failures import INTERNAL_ERROR, failure_of, is_worth_retrying
+    # ruff: noqa: PLC0415  as above
     from workers.pipeline.rank import remove_if_deleted
     from workers.pipeline.run import run_stage
 
@@ -95,6 +103,8 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
                 output.write(session)
                 output.save(work.locked_owner(session, claim))
                 ready = work.complete(session, claim, result=output.result)
+                reach("unit.before_commit", claim.stage)
+            reach("unit.after_commit", claim.stage)
         except (CancelRequested, CancelPending):
             work.stop_for_cancel(engine, claim)
             log.info("unit_cancelled")
@@ -103,19 +113,8 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
             log.info("unit_given_back")
         except (HoldLost, LeaseLost):
             log.warning("unit_lost")
-        except Exception as error:
-            failure = failure_of(error)
-            if is_worth_retrying(error) and claim.attempts < settings.max_attempts:
-                log.exception("unit_failed_will_retry", code=failure.code)
-                work.release(engine, claim, reason=failure.message)
-            else:
-                what = "audit_failed" if claim.ranking_id is None else "ranking_failed"
-                log.exception(what, code=failure.code)
-                work.fail(
-                    engine,
-                    claim,
-                    _naming_part(failure, claim) if failure.code == INTERNAL_ERROR else failure,
-                )
+        except Exception as error:  # noqa: BLE001  whatever a stage raises has its place in the row
+            _leave_failed(engine, settings, claim, error)
         else:
             log.info("unit_done", units_ready=len(ready))
             return ready
@@ -124,6 +123,25 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     if claim.ranking_id is not None:
         remove_if_deleted(engine, settings, claim)
     return []
+
+
+def _leave_failed(engine: Engine, settings: Settings, claim: Claim, error: Exception) -> None:
+    """Give a unit back if time can heal what went wrong; else end its audit or ranking."""
+    from workers.pipeline.failures import INTERNAL_ERROR, failure_of, is_worth_retrying
+
+    failure = failure_of(error)
+    if is_disk_full(error):
+        log.error("unit_waits_for_storage", exc_info=error)
+        work.release(engine, claim, reason="the disk is full", count_attempt=False, waiting=WAITING)
+    elif is_worth_retrying(error) and claim.attempts < settings.max_attempts:
+        log.error("unit_failed_will_retry", code=failure.code, exc_info=error)
+        work.release(engine, claim, reason=failure.message)
+    else:
+        what = "audit_failed" if claim.ranking_id is None else "ranking_failed"
+        log.error(what, code=failure.code, exc_info=error)
+        if failure.code == INTERNAL_ERROR:
+            failure = _naming_part(failure, claim)
+        work.fail(engine, claim, failure)
 
 
 def _naming_part(failure: Failure, claim: Claim) -> Failure:

@@ -16,6 +16,12 @@ SCORE_ORDER = (
     "is harmful"
 )
 FileFormat = Literal["parquet", "csv", "jsonl"]
+Waiting = Literal["storage"] | None
+WaitingField = Field(
+    None,
+    description="What the work waits for, without which it cannot go on: storage, room in the "
+    "server's data directory. It goes on by itself.",
+)
 ScoreOrder = Field(SCORE_ORDER, description="Which end of the scores is suspect.")
 
 
@@ -176,6 +182,7 @@ class Audit(BaseModel):
     done: bool
     stage: Stage | None
     progress: float = Field(ge=0, le=1)
+    waiting: Waiting = WaitingField
     samples_per_second: float | None
     eta_seconds: float | None
     created_at: datetime
@@ -223,6 +230,7 @@ class Ranking(BaseModel):
     state: RankingState
     done: bool
     progress: float = Field(ge=0, le=1)
+    waiting: Waiting = WaitingField
     created_at: datetime
     finished_at: datetime | None
     seconds: float | None = Field(

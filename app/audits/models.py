@@ -84,6 +84,7 @@ class Audit(Base):
     eta_seconds: Mapped[float | None] = mapped_column(REAL)
     busy_seconds: Mapped[float] = mapped_column(REAL, default=0.0, server_default=sql("0"))
     busy_until: Mapped[datetime | None]
+    waiting: Mapped[str | None]  # what its work waits for, of which it cannot go on without
 
     num_train: Mapped[int | None]
     num_validation: Mapped[int | None]
@@ -143,6 +144,7 @@ class Ranking(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     finished_at: Mapped[datetime | None]
     seconds: Mapped[float | None] = mapped_column(REAL)
+    waiting: Mapped[str | None]
     summary: Mapped[dict[str, Any]] = mapped_column(default=dict)
     folder: Mapped[str]  # of its files, below the audit's own
 

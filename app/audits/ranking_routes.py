@@ -37,7 +37,14 @@ from app.audits.models import Ranking, RankingState
 from app.audits.schemas import RankingRequest
 from app.conditional import IfNoneMatch, entity_tag, is_unchanged
 from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep, WatcherDep
-from app.errors import Conflict, InvalidRequest, NotFound, RangeNotSatisfiable, problem_responses
+from app.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    RangeNotSatisfiable,
+    StorageFull,
+    problem_responses,
+)
 from app.live.answers import EventData
 from app.live.events import EVENT_STREAM, LastEventId, check_for_more, events_of
 from app.live.snapshots import Kind, Thing
@@ -56,7 +63,7 @@ router = APIRouter(prefix="/v1/audits/{audit_id}/rankings", tags=["rankings"])
             "description": "Accepted for good: it is in the database.",
             "headers": {**LOCATION, **RETRY_AFTER, **REPLAYED},
         },
-        **problem_responses(NotFound, Conflict, InvalidRequest),
+        **problem_responses(NotFound, Conflict, InvalidRequest, StorageFull),
     },
 )
 def submit_ranking(

@@ -19,9 +19,12 @@ from app.audits.schemas import AuditRequest, RankingRequest
 from app.audits.service import Results, existing, no_results
 from app.db import new_id, transaction
 from app.errors import Conflict, FieldConflict, InvalidRequest, NotFound
+from app.failpoints import reach
 from app.limits.quotas import check_worker_time
 from app.settings import Settings
+from app.storage import require_room
 from app.trail.service import Action, record
+from app.work.leftovers import note_leftover
 from app.work.repository import add_ranking_unit
 
 RETRY_SECONDS = 2
@@ -59,6 +62,7 @@ def submit(
         Conflict: the audit has no results, or its influence files are gone; or the key's ranking.
         InvalidRequest: the field that is wrong, or a key that came with another body.
         QuotaExceeded: the tenant has had its time of workers for today.
+        StorageFull: the data directory has no room.
     """
     call = None
     if idempotency_key is not None:
@@ -74,6 +78,7 @@ def submit(
         first = _first_answer(session, audit_id, call) if call else None
         if first is not None:
             return RankingSubmission(first, [], is_replay=True)
+        require_room(settings)
         _check_influence(session, settings, audit)
         of_audit = _request_of(audit)
         try:
@@ -97,6 +102,8 @@ def submit(
         session.flush()
         unit_ids = add_ranking_unit(session, ranking)
         record(session, Action.RANKING_SUBMIT, ranking.id, tenant=tenant)
+        reach("submit.before_commit", "ranking")
+    reach("submit.after_commit", "ranking")
     log.info("ranking_accepted", audit_id=audit_id, ranking_id=ranking.id, tenant=tenant)
     return RankingSubmission(ranking, unit_ids, is_replay=False)
 
@@ -188,9 +195,10 @@ def delete(
                 f"DELETE /v1/audits/{audit_id} removes both.",
                 state=ranking.state,
             )
+        folder = audit_folder(settings.data_dir, audit_id) / ranking.folder
+        note_leftover(session, settings, folder)
         session.delete(ranking)
         record(session, Action.RANKING_DELETE, ranking_id, tenant=tenant)
-    folder = audit_folder(settings.data_dir, audit_id) / ranking.folder
     shutil.rmtree(folder, ignore_errors=True)
     log.info("ranking_deleted", audit_id=audit_id, ranking_id=ranking_id)
 

@@ -35,7 +35,14 @@ from app.audits.schemas import AuditRequest, Reference
 from app.audits.summaries import SuspectSummary, summarise
 from app.conditional import IfNoneMatch, entity_tag, is_unchanged
 from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep, WatcherDep
-from app.errors import Conflict, InvalidRequest, NotFound, RangeNotSatisfiable, problem_responses
+from app.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    RangeNotSatisfiable,
+    StorageFull,
+    problem_responses,
+)
 from app.live.answers import EventData
 from app.live.events import EVENT_STREAM, LastEventId, check_for_more, events_of
 from app.live.snapshots import Kind, Thing
@@ -56,7 +63,7 @@ results_router = APIRouter(prefix="/v1/audits", tags=["results"])
             "description": "Accepted for good: it is in the database.",
             "headers": {**LOCATION, **RETRY_AFTER, **REPLAYED},
         },
-        **problem_responses(InvalidRequest, Conflict),
+        **problem_responses(InvalidRequest, Conflict, StorageFull),
     },
 )
 def submit_audit(

@@ -18,9 +18,12 @@ from app.audits.schemas import AuditRequest
 from app.datasets.repository import keep_datasets
 from app.db import new_id, transaction
 from app.errors import AppError, Conflict, NotFound
+from app.failpoints import reach
 from app.limits.quotas import check_audits
 from app.settings import Settings
+from app.storage import require_room
 from app.trail.service import Action, record
+from app.work.leftovers import note_leftover
 from app.work.models import Stage
 from app.work.repository import add_units, request_cancel
 from app.work.states import enter_state
@@ -61,6 +64,7 @@ def submit(
         InvalidRequest: the field that is wrong, or a key that came with another body.
         Conflict: the key's audit was deleted.
         QuotaExceeded: the tenant may not submit one now.
+        StorageFull: the data directory has no room.
     """
     call = None
     if idempotency_key is not None:
@@ -71,6 +75,7 @@ def submit(
             first = _first_answer(session, call)
         if first is not None:
             return Submission(first, [], is_replay=True)
+    require_room(settings)
     checked = check_request(engine, settings, tenant=tenant, request=request)
     audit = Audit(
         id=new_id("aud"),
@@ -92,6 +97,8 @@ def submit(
         session.flush()
         unit_ids = add_units(session, audit.id, Stage.PREPARE)
         record(session, Action.AUDIT_SUBMIT, audit.id, tenant=tenant)
+        reach("submit.before_commit", "audit")
+    reach("submit.after_commit", "audit")
     log.info("audit_accepted", audit_id=audit.id, tenant=tenant)
     return Submission(audit, unit_ids, is_replay=False)
 
@@ -179,6 +186,7 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, audit_id: str) ->
                 state=audit.state,
                 headers={"Retry-After": str(QUEUED_RETRY_SECONDS)},
             )
+        note_leftover(session, settings, audit_folder(settings.data_dir, audit_id))
         session.delete(audit)
         record(session, Action.AUDIT_DELETE, audit_id, tenant=tenant)
     shutil.rmtree(audit_folder(settings.data_dir, audit_id), ignore_errors=True)

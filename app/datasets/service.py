@@ -29,10 +29,13 @@ from app.datasets.schemas import UploadOptions
 from app.datasets.storage import upload_path
 from app.db import new_id, transaction
 from app.errors import Conflict, InvalidRequest, NotFound
+from app.failpoints import reach
 from app.limits.quotas import check_room
 from app.references import UploadReference
 from app.settings import Settings
+from app.storage import require_room
 from app.trail.service import Action, record
+from app.work.leftovers import note_leftover
 
 HEAD_BYTES = 4096
 CHUNK_BYTES = 1024**2
@@ -91,8 +94,10 @@ def store_dataset(
         InvalidRequest: what is wrong with the file, and where; or the key came with another file.
         Conflict: the key's dataset was deleted.
         QuotaExceeded: it has no room beside the tenant's others.
-        OSError: the disk is full (the error handlers make it a 507).
+        StorageFull: the data directory has no room.
+        OSError: the disk became full meanwhile (the error handlers make it a 507).
     """
+    require_room(settings)
     dataset_id = new_id("ds")
     with _refusals_as_problems():
         file_format = options.format or guess_format(filename, file.read(HEAD_BYTES))
@@ -117,7 +122,10 @@ def store_dataset(
                 summary=summary.model_dump(mode="json"),
             )
             _sync(staging)
+            with transaction(engine) as session:  # should this process die before the next one
+                note_leftover(session, settings, final.parent)
             staging.rename(final.parent)
+            reach("upload.renamed")
     call = None
     if idempotency_key is not None:
         upload = _Upload(filename=filename, sha256=sha256, options=options)
@@ -196,9 +204,10 @@ def delete_dataset(engine: Engine, settings: Settings, *, tenant: str, dataset_i
                 f"An audit that has not ended reads {dataset_id}. Cancel it or wait for its end, "
                 "then delete the dataset."
             )
+        path = upload_path(settings.data_dir, dataset_id, dataset.format)
+        note_leftover(session, settings, path.parent)
         session.delete(dataset)
         record(session, Action.DATASET_DELETE, dataset_id, tenant=tenant)
-    path = upload_path(settings.data_dir, dataset_id, dataset.format)
     shutil.rmtree(path.parent, ignore_errors=True)
     log.info("dataset_deleted", dataset_id=dataset_id)
 

@@ -18,7 +18,7 @@ from app.audits.documented import (
 )
 from app.conditional import IfNoneMatch, entity_tag, is_unchanged
 from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep, WatcherDep
-from app.errors import Conflict, InvalidRequest, NotFound, problem_responses
+from app.errors import Conflict, InvalidRequest, NotFound, StorageFull, problem_responses
 from app.experiments import answers, repository, service
 from app.experiments.assemble import (
     assemble_experiment,
@@ -53,7 +53,7 @@ ExperimentId = Annotated[
             "description": "Accepted for good: it is in the database with all its audits.",
             "headers": {**LOCATION, **RETRY_AFTER, **REPLAYED},
         },
-        **problem_responses(InvalidRequest, Conflict),
+        **problem_responses(InvalidRequest, Conflict, StorageFull),
     },
 )
 def submit_experiment(

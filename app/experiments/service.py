@@ -25,7 +25,9 @@ from app.experiments.schemas import ExperimentRequest
 from app.experiments.standing import Standing
 from app.limits.quotas import check_audits
 from app.settings import Settings
+from app.storage import require_room
 from app.trail.service import Action, record
+from app.work.leftovers import note_leftover
 from app.work.models import Stage
 from app.work.repository import add_units, request_cancel
 from app.work.states import enter_state
@@ -107,6 +109,7 @@ def submit(
         InvalidRequest: the field that is wrong, or a key that came with another body.
         Conflict: the key's experiment was deleted.
         QuotaExceeded: the tenant may not submit as many audits now.
+        StorageFull: the data directory has no room.
     """
     call = None
     if idempotency_key is not None:
@@ -117,6 +120,7 @@ def submit(
             first = _first_answer(session, call)
         if first is not None:
             return Submission(first, [], is_replay=True)
+    require_room(settings)
     checked = [
         _check_task(engine, settings, tenant, request, place) for place in range(len(request.tasks))
     ]
@@ -319,6 +323,8 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, experiment_id: st
                     headers={"Retry-After": str(RETRY_SECONDS)},
                 )
         audit_ids = [audit.id for audit in found.audits]
+        for audit_id in audit_ids:
+            note_leftover(session, settings, audit_folder(settings.data_dir, audit_id))
         session.delete(experiment)  # the database removes its audits with it
         record(session, Action.EXPERIMENT_DELETE, experiment_id, tenant=tenant)
     for audit_id in audit_ids:

@@ -2,6 +2,7 @@
 
 from pydantic import BaseModel, Field
 
+from app.audits.answers import Waiting, WaitingField
 from app.audits.models import AuditState, RankingState
 from app.experiments.models import ExperimentState
 from app.work.models import Stage
@@ -15,6 +16,7 @@ class Progress(BaseModel):
     done: bool
     stage: Stage | None = Field(None, description="Of an audit that runs.")
     progress: float = Field(ge=0, le=1, description="It never goes back.")
+    waiting: Waiting = WaitingField
     samples_per_second: float | None = Field(None, description="Of an audit, over all workers.")
     eta_seconds: float | None = Field(None, description="Of an audit: seconds of work left.")
     version: int = Field(description="The event's id, and the ETag of the thing itself.")

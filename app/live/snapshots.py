@@ -71,7 +71,7 @@ def read_snapshots(engine: Engine, things: Collection[Thing]) -> dict[Thing, Sna
 def _audits(session: Session, ids: list[str]) -> Iterator[Snapshot]:
     columns = (
         *(Audit.id, Audit.state, Audit.stage, Audit.version),
-        *(Audit.progress, Audit.samples_per_second, Audit.eta_seconds),
+        *(Audit.progress, Audit.waiting, Audit.samples_per_second, Audit.eta_seconds),
     )
     for row in session.execute(select(*columns).where(Audit.id.in_(ids))):
         state = AuditState(row.state)
@@ -81,6 +81,7 @@ def _audits(session: Session, ids: list[str]) -> Iterator[Snapshot]:
             done=state.is_final,
             stage=Stage(row.stage) if row.stage else None,
             progress=row.progress,
+            waiting=row.waiting,
             samples_per_second=row.samples_per_second,
             eta_seconds=row.eta_seconds,
             version=row.version,
@@ -91,7 +92,7 @@ def _audits(session: Session, ids: list[str]) -> Iterator[Snapshot]:
 def _rankings(session: Session, ids: list[str]) -> Iterator[Snapshot]:
     columns = (
         *(Ranking.id, Ranking.audit_id, Ranking.state),
-        *(Ranking.version, Ranking.progress),
+        *(Ranking.version, Ranking.progress, Ranking.waiting),
     )
     for row in session.execute(select(*columns).where(Ranking.id.in_(ids))):
         state = RankingState(row.state)
@@ -100,6 +101,7 @@ def _rankings(session: Session, ids: list[str]) -> Iterator[Snapshot]:
             state=state,
             done=state.is_final,
             progress=row.progress,
+            waiting=row.waiting,
             version=row.version,
         )
         yield Snapshot(progress, ranking_links(row, state))

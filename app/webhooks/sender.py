@@ -6,6 +6,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.failpoints import reach
 from app.settings import Settings
 from app.webhooks.calls import Caller
 from app.webhooks.deliveries import ClaimedDelivery, claim_due, give_back, record
@@ -46,7 +47,9 @@ class WebhookSender(threading.Thread):
 
     def _send(self, claimed: ClaimedDelivery) -> None:
         try:
+            reach("webhook.claimed")
             outcome = self._caller.call(claimed.call)
+            reach("webhook.called")
             if outcome.error is not None and self._caller.is_stopped:
                 give_back(self._engine, claimed)
             else:

@@ -72,6 +72,7 @@ class WorkUnit(Base):
     samples_per_second: Mapped[float | None] = mapped_column(REAL)
     result: Mapped[dict[str, Any]] = mapped_column(default=dict)
     last_error: Mapped[str | None]
+    waiting: Mapped[str | None]  # what for; nobody sends it before that is there
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -107,3 +108,12 @@ class WorkerHeartbeat(Base):
     engine_version: Mapped[str]
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Leftover(Base):
+    """A folder below the data directory that is removed when due, if it then belongs to nothing."""
+
+    __tablename__ = "leftovers"
+
+    path: Mapped[str] = mapped_column(primary_key=True)
+    due_at: Mapped[datetime]

@@ -6,33 +6,43 @@ database (SERVICE.md, section 3).
 """
 
 import threading
+import time
 from datetime import timedelta
 
 import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
-from sqlalchemy import Engine, Select, delete, func, select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Engine, Select, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from app.audits.models import Audit, IdempotencyKey, Ranking
-from app.db import transaction
+from app.db import session_name, transaction
+from app.failpoints import reach
 from app.jobs import QUEUES, queue_length, send_units, stages_of_queue
 from app.limits.models import WorkerUsage
 from app.settings import Settings
+from app.storage import WAITING, has_room
 from app.trail.models import TrailEntry
 from app.webhooks.models import WebhookDelivery
+from app.work.leftovers import remove_leftovers, remove_temporary_files
 from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
 from app.work.repository import Failure, Owner, fail_owner, settle_cancel
 from app.work.retention import expire_influence
 
 RECONCILER_LOCK = 0x77_69_6E_6F
+MAX_IDLE = "10s"
 IDEMPOTENCY_KEPT = timedelta(hours=24)
 HEARTBEAT_KEPT = timedelta(days=1)
 DELIVERIES_KEPT = timedelta(days=30)
 USAGE_KEPT = timedelta(days=90)
 MAX_UNITS_PER_ROUND = 1000
+
+# whoever may not (another role's, a superuser's) leaves it: the lease alone is the promise
+_END_SESSIONS = text(
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = :name"
+    " AND datname = current_database() AND usename = current_user"
+)
 
 log = structlog.get_logger()
 
@@ -43,17 +53,39 @@ def reconcile(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
     Returns:
         Ids of the units that were sent.
     """
+    _end_sessions_of_lost_workers(engine)
     with transaction(engine) as session:
+        # this process may be frozen while it holds the lock, and then nobody would reconcile
+        session.execute(text(f"SET LOCAL idle_in_transaction_session_timeout = '{MAX_IDLE}'"))
         if not session.scalar(select(func.pg_try_advisory_xact_lock(RECONCILER_LOCK))):
             return []
         _end_cancelled_audits(session)
         _take_back_expired_leases(session, settings)
         _forget_old_rows(session, settings)
+        if has_room(settings):
+            _let_go_on(session)
+        reach("reconcile.before_commit")
+    reach("reconcile.after_commit")
     owed = _owed_units(engine, celery, settings)
     if owed:
         send_units(engine, celery, owed)
     expire_influence(engine, settings)
+    remove_leftovers(engine, settings)
     return owed
+
+
+def _end_sessions_of_lost_workers(engine: Engine) -> None:
+    """End the database sessions of workers whose lease is over.
+
+    One that is frozen in the middle of a transaction holds its locks as long as it is frozen, and
+    nobody could go on with its unit. One that is alive after all is fenced off anyway.
+    """
+    is_lost = (WorkUnit.state == UnitState.RUNNING) & (WorkUnit.lease_until < func.now())
+    with transaction(engine) as session:
+        for owner in set(session.scalars(select(WorkUnit.owner).where(is_lost))):
+            ended = session.execute(_END_SESSIONS, {"name": session_name(owner or "")}).all()
+            if ended:
+                log.warning("sessions_ended", owner=owner, count=len(ended))
 
 
 def _end_cancelled_audits(session: Session) -> None:
@@ -110,6 +142,12 @@ def _expired(
     return [(owner, unit) for owner, unit in found]
 
 
+def _let_go_on(session: Session) -> None:
+    """Offer what waits for storage again: there is room."""
+    waiting = update(WorkUnit).where(WorkUnit.state == UnitState.READY, WorkUnit.waiting == WAITING)
+    session.execute(waiting.values(waiting=None))
+
+
 def _forget_old_rows(session: Session, settings: Settings) -> None:
     session.execute(
         delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - IDEMPOTENCY_KEPT)
@@ -135,7 +173,7 @@ def _owed_units(engine: Engine, celery: Celery, settings: Settings) -> list[str]
         for queue in QUEUES:
             ready = (
                 select(WorkUnit.id)
-                .where(WorkUnit.state == UnitState.READY)
+                .where(WorkUnit.state == UnitState.READY, WorkUnit.waiting.is_(None))
                 .where(WorkUnit.stage.in_(stages_of_queue(queue)))
                 .order_by(WorkUnit.id)
                 .limit(MAX_UNITS_PER_ROUND)
@@ -164,10 +202,14 @@ class Reconciler(threading.Thread):
 
     def run(self) -> None:
         is_over = False
+        look_for_files_at = 0.0
         while not is_over:
             try:
                 reconcile(self._engine, self._celery, self._settings)
-            except SQLAlchemyError as error:
+                if time.monotonic() >= look_for_files_at:
+                    remove_temporary_files(self._settings)
+                    look_for_files_at = time.monotonic() + self._settings.leftover_seconds
+            except Exception as error:  # noqa: BLE001  whatever it was, the promises need a next round
                 # The database may be restarting; the next round finds everything still there.
                 log.warning("reconcile_failed", error=str(error))
             is_over = self._stopped.wait(self._settings.reconcile_seconds)

@@ -89,6 +89,7 @@ def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> 
         unit.lease_until = _lease_end(lease_seconds)
         unit.started_at = unit.started_at or func.now()
         unit.samples_per_second = None
+        unit.waiting = owner_row.waiting = None
         stage = Stage(unit.stage)
         if isinstance(owner_row, Audit):
             enter_state(owner_row, STATE_OF_STAGE[stage])
@@ -214,15 +215,34 @@ def add_units(session: Session, audit_id: str, stage: Stage, *, count: int = 1) 
     return [unit.id for unit in units]
 
 
-def release(engine: Engine, held: Claim, *, reason: str, count_attempt: bool = True) -> None:
-    """Give a unit back so that a worker can take it again; does nothing when it is not ours."""
+def release(
+    engine: Engine,
+    held: Claim,
+    *,
+    reason: str,
+    count_attempt: bool = True,
+    waiting: str | None = None,
+) -> None:
+    """Give a unit back so that a worker can take it again; does nothing when it is not ours.
+
+    Args:
+        engine: the database.
+        held: the unit.
+        reason: kept with it.
+        count_attempt: whether this was one of the tries that a unit has.
+        waiting: what it waits for; nobody offers it before that is there.
+    """
     with transaction(engine) as session:
         try:
-            locked_owner(session, held)
+            owner = locked_owner(session, held)
             unit = _leave(session, held, state=UnitState.READY)
         except LeaseLost:
             return
         unit.last_error = reason
+        unit.waiting = waiting
+        if waiting is not None:
+            owner.waiting = waiting
+            owner.version += 1
         if not count_attempt:
             unit.attempts -= 1
 

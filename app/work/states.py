@@ -12,6 +12,7 @@ def finish(audit: Audit, state: AuditState) -> None:
     enter_state(audit, state)
     audit.finished_at = func.now()
     audit.stage = None
+    audit.waiting = None
     audit.eta_seconds = None
     audit.samples_per_second = None
 
@@ -30,3 +31,4 @@ def enter_ranking_state(ranking: Ranking, state: RankingState) -> None:
     ranking.version += 1
     if state.is_final:
         ranking.finished_at = func.now()
+        ranking.waiting = None

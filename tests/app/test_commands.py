@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 from sqlalchemy import Engine
@@ -61,6 +62,9 @@ class Serving:
 
     def api(self) -> psutil.Process:
         return next(child for child in self.children() if "app.server" in child.cmdline())
+
+    def broker(self) -> psutil.Process:
+        return next(child for child in self.children() if "valkey" in child.name())
 
     def postgres(self) -> int:
         return int((self.data_dir / "postgres" / "postmaster.pid").read_text().split()[0])
@@ -120,6 +124,28 @@ class TestServe:
         wait_for(lambda: is_gone(api))
         assert service.get("/healthz")[0] == 200  # the socket is the parent's: callers just wait
         assert '"event": "process_died"' in service.log.read_text()
+
+    def test_servers_that_die_are_started_again(self, serve: Callable[[], Serving]) -> None:
+        """The broker comes back empty, and the database as it was."""
+        service = serve()
+        body = {"url": "https://example.com/"}
+        made = httpx2.post(f"http://127.0.0.1:{service.port}/v1/webhooks", json=body)
+        assert made.status_code == 201
+        postgres, broker = psutil.Process(service.postgres()), service.broker()
+        postgres.kill()
+        broker.kill()
+        wait_for(lambda: is_gone(postgres) and is_gone(broker))
+
+        def are_back() -> bool:
+            checks = service.get("/readyz")[1]["checks"]
+            return bool(checks["database"]["ok"] and checks["broker"]["ok"])
+
+        wait_for(are_back, service.log)
+        webhooks = service.get("/v1/webhooks")[1]["data"]
+        assert [webhook["id"] for webhook in webhooks] == [made.json()["id"]]
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(30) == 0
+        assert "Traceback" not in service.log.read_text()
 
     def test_killed_it_takes_its_children_along_and_starts_again(
         self, serve: Callable[[], Serving]

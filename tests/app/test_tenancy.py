@@ -36,7 +36,7 @@ OWN_TRAIL = "/v1/trail"  # the stranger's key was made, which is there to be see
 MAKES_THINGS = {
     ("POST", path) for path in ("/v1/audits", "/v1/datasets", "/v1/experiments", "/v1/webhooks")
 }
-OF_NO_TENANT = {"api_keys", "worker_heartbeats"}
+OF_NO_TENANT = {"api_keys", "leftovers", "worker_heartbeats"}
 SECRETS = ("good film", *(f"sample {index}" for index in range(10)))
 
 

@@ -1,7 +1,9 @@
 """How a unit ends when it does not end well: retried, failed, cancelled, given back."""
 
+import errno
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from tests.pipeline.conftest import Models
 from tests.pipeline.workplace import Workplace, results
 from workers import tasks
 from workers.influence.gradients import GradientExtractor, SampleGradients
-from workers.pipeline import run
+from workers.pipeline import artifacts, run
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.gradients import compute_gradients
 
@@ -164,3 +166,40 @@ def wait_until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+@pytest.mark.parametrize("stage", [Stage.FINE_TUNE, Stage.GRADIENTS, Stage.AGGREGATE])
+def test_a_full_disk_costs_no_try_and_leaves_nothing(
+    workplace: Workplace, models: Models, monkeypatch: pytest.MonkeyPatch, stage: Stage
+) -> None:
+    """The unit is given back to wait for room; then it goes on to the same result."""
+    request = workplace.reviews() | {"fine_tune": {"epochs": 1}}
+    quiet = workplace.succeed(workplace.submit(models.encoder, **request))
+    audit_id = workplace.submit(models.encoder, **request)
+    claim = workplace.claim_stage(audit_id, stage)
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.pipeline.artifacts.os.fsync", full)
+        patch.setattr("workers.pipeline.fine_tune.os.fsync", full)
+        workplace.execute(claim)
+    unit = workplace.unit(claim)
+    assert (unit.state, unit.attempts, unit.waiting) == (UnitState.READY, 0, "storage")
+    assert workplace.audit(audit_id).waiting == "storage"
+    assert list(workplace.artifacts(audit_id).root.rglob("*.partial")) == []
+
+    audit = workplace.succeed(audit_id)
+    assert audit.waiting is None
+    assert results(audit) == results(quiet)
+
+
+def test_two_machines_never_write_the_same_temporary_file(tmp_path: Path) -> None:
+    """Containers that share a volume may have the same process id."""
+    target = tmp_path / "result"
+    with artifacts.atomically(target) as one, artifacts.atomically(target) as other:
+        assert one != other
+        one.write_text("whole")
+        other.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]

@@ -174,6 +174,8 @@ class TestWhatGoesWrong:
             assert list(decisions(site, audit).values()) == ["drop"]
             other.get_by_role("button", name="Reload theirs").click()
             expect(told).to_be_hidden()
+            first = other.locator("tr[data-index]").first
+            expect(first.locator("[data-act=drop][aria-pressed=true]")).to_have_count(1)
             assert pressed(other, 0) == ["drop"]
             other.keyboard.press("x")
             expect(other.locator("[data-act=keep][aria-pressed=true]")).to_have_count(1)

@@ -8,10 +8,11 @@ import pytest
 from celery import Celery
 from redis import Redis
 from sqlalchemy import Engine, select, text, update
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from app.audits.models import Audit, AuditState, IdempotencyKey
-from app.db import transaction
+from app.db import make_engine, transaction
 from app.jobs import QUEUE_NAME, queue_length
 from app.settings import Settings
 from app.work import repository as work
@@ -196,3 +197,70 @@ def test_the_thread_goes_on_through_failures(
     finally:
         reconciler.stop()
     assert not reconciler.is_alive()
+
+
+def test_any_error_at_all_leaves_the_thread_alive(
+    engine: Engine, celery: Celery, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process would offer lost work again if its reconcilers had all ended."""
+    rounds = threading.Semaphore(0)
+
+    def broken(*_: object) -> list[str]:
+        rounds.release()
+        raise RuntimeError("something that nobody thought of")
+
+    monkeypatch.setattr("app.work.reconciler.reconcile", broken)
+    reconciler = Reconciler(engine, celery, settings.model_copy(update={"reconcile_seconds": 0.01}))
+    reconciler.start()
+    try:
+        for _ in range(3):
+            assert rounds.acquire(timeout=10)
+        assert reconciler.is_alive()
+    finally:
+        reconciler.stop()
+
+
+class TestFrozenProcesses:
+    """A process that is stopped keeps its connections, and with them its locks."""
+
+    def test_a_worker_frozen_in_its_transaction_holds_nothing_up(
+        self, engine: Engine, celery: Celery, settings: Settings
+    ) -> None:
+        audit = make_audit(engine)
+        owner = f"{'long-host-name-' * 8}:4711"
+        unit_id = unit_of(engine, audit).id
+        assert work.claim(engine, unit_id, owner=owner, lease_seconds=60)
+        frozen = make_engine(settings.require_database_url(), owner=owner)
+        bystander = make_engine(settings.require_database_url(), owner="other:4711")
+        with Session(frozen) as held, Session(bystander) as other:
+            work.locked_audit(held, audit.id)
+            other.execute(text("SELECT 1"))
+            # the lock keeps the lease from being changed: it is over when it is over
+            with transaction(engine) as session:
+                session.execute(update(WorkUnit).values(lease_until=long_ago()))
+            give_up_at = time.monotonic() + 10
+            while unit_of(engine, audit).state != UnitState.READY:
+                assert time.monotonic() < give_up_at
+                reconcile(engine, celery, settings)
+            with pytest.raises(OperationalError):  # the worker wakes up
+                held.execute(text("SELECT 1"))
+            other.execute(text("SELECT 1"))
+            held.invalidate()
+        frozen.dispose()
+        bystander.dispose()
+
+    def test_a_process_frozen_in_its_round_holds_up_the_others_for_seconds_alone(
+        self,
+        engine: Engine,
+        celery: Celery,
+        settings: Settings,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        audit = make_audit(engine)
+        lose_worker(engine, audit)
+        monkeypatch.setattr("app.work.reconciler.MAX_IDLE", "100ms")
+        monkeypatch.setattr("app.work.reconciler.reach", lambda point: time.sleep(0.6))
+        with pytest.raises(DBAPIError):  # its session was ended meanwhile
+            reconcile(engine, celery, settings)
+        monkeypatch.setattr("app.work.reconciler.reach", lambda point: None)
+        assert reconcile(engine, celery, settings) == [unit_of(engine, audit).id]

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from app.audits.folders import audit_folder
 from app.audits.models import Ranking
+from app.failpoints import reach
 
 _NUMPY_DTYPES = {
     name: np.dtype(dtype)
@@ -135,12 +137,15 @@ def atomically(path: Path) -> Iterator[Path]:
     Two workers that write the same artifact write the same bytes, so whoever is last is right.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # not by the process's id: containers that share a volume have the same ones
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        reach("file.written")
         temporary.replace(path)
+        reach("file.renamed")
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

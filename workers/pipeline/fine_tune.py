@@ -180,7 +180,7 @@ def _is_transposed(model: nn.Module, targets: Sequence[str]) -> bool:
 def _save_adapter(model: PeftModel, folder: Path) -> None:
     """Write an adapter's folder, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=".adapter-") as temporary:
+    with TemporaryDirectory(dir=folder.parent, prefix=".adapter-", suffix=".partial") as temporary:
         content = Path(temporary) / "content"
         model.save_pretrained(content, safe_serialization=True, save_embedding_layers=False)
         for path in content.iterdir():

@@ -93,7 +93,9 @@ def resolve_dataset(
     target = hub_table_path(cache_dir, pinned)
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix="staging-") as temporary:
+        with tempfile.TemporaryDirectory(
+            dir=target.parent, prefix="staging-", suffix=".partial"
+        ) as temporary:
             table = Path(temporary) / "table.parquet"
             builder = _prepare_builder(
                 pinned, hub=hub, folder=Path(temporary) / "data", max_bytes=max_bytes

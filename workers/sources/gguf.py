@@ -72,7 +72,12 @@ def stage_gguf(files: dict[str, Path], target: Path) -> None:
     before = fingerprints(files)
     num_entries = check_gguf(path)
     _check_room(target.parent, num_bytes=_FLOAT32_BYTES * num_entries, name=name)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="gguf-") as temporary, quiet():
+    with (
+        tempfile.TemporaryDirectory(
+            dir=target.parent, prefix="gguf-", suffix=".partial"
+        ) as temporary,
+        quiet(),
+    ):
         # Nothing but the file is in reach of the library, whatever else lies beside it.
         (Path(temporary) / _NAME).symlink_to(path.resolve())
         model = _read_model(Path(temporary), name=name, num_entries=num_entries)

@@ -68,7 +68,9 @@ def stage_folder(
 ) -> None:
     """Fill a folder under a temporary name, then rename it; another process may be first."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".staging-") as temporary:
+    with tempfile.TemporaryDirectory(
+        dir=target.parent, prefix=".staging-", suffix=".partial"
+    ) as temporary:
         content = Path(temporary) / "content"
         content.mkdir()
         fill(files, content)
@@ -83,7 +85,7 @@ def stage_folder(
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file that other processes may be reading: all of it or nothing."""
     with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
+        "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".partial", delete=False
     ) as file:
         file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
     Path(file.name).replace(path)

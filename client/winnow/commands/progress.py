@@ -67,6 +67,8 @@ def _follow_with_lines(client: "Client", audit_id: str) -> None:
 
 
 def _stage(now: "Progress") -> str:
+    if now.waiting is not None:
+        return f"waiting: {now.waiting}"
     return now.stage if now.stage is not None and not now.done else now.state
 
 

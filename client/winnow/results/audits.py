@@ -135,8 +135,9 @@ class Audit(Result):
     """An audit and where it stands.
 
     `state` is queued, preparing, fine_tuning, computing, aggregating, verifying, succeeded, failed
-    or cancelled; `done` is true for the last three. `results` is there when it succeeded, `error`
-    when it failed.
+    or cancelled; `done` is true for the last three. `waiting` is "storage" while the server's disk
+    is full: the audit goes on by itself when there is room. `results` is there when it succeeded,
+    `error` when it failed.
     """
 
     id: str
@@ -144,6 +145,7 @@ class Audit(Result):
     done: bool
     stage: str | None
     progress: float
+    waiting: str | None = None
     samples_per_second: float | None
     eta_seconds: float | None
     created_at: datetime

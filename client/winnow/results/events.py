@@ -14,6 +14,7 @@ class Progress(Result):
     done: bool
     stage: str | None = None
     progress: float
+    waiting: str | None = None
     samples_per_second: float | None = None
     eta_seconds: float | None = None
     version: int | None = None

@@ -41,6 +41,7 @@ class Ranking(Result):
     state: str
     done: bool
     progress: float
+    waiting: str | None = None
     created_at: datetime
     finished_at: datetime | None
     seconds: float | None

@@ -1,0 +1,95 @@
+"""Files that a killed process left behind: noted before they can be left, removed when due.
+
+Rows of the database name the folders of things that are being deleted, or are not yet there; so a
+folder is never removed because a database does not know it. Files that are being written carry
+temporary names, which no process looks for after its death.
+"""
+
+import shutil
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import structlog
+from sqlalchemy import Engine, delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app.audits.models import Audit, Ranking
+from app.datasets.models import Dataset
+from app.db import transaction
+from app.settings import Settings
+from app.work.models import Leftover
+
+TEMPORARY = "*.partial"
+_FOLDERS = ("audits", "datasets", "cache")
+MAX_PER_ROUND = 100
+
+log = structlog.get_logger()
+
+
+def note_leftover(session: Session, settings: Settings, folder: Path) -> None:
+    """Let a folder be removed later, unless what it is named after is there then.
+
+    Whoever deletes a thing removes its folder at once too; this is for the case that it dies before
+    it has, or that a worker still writes there.
+    """
+    due = func.now() + timedelta(seconds=settings.leftover_seconds)
+    path = str(folder.relative_to(settings.data_dir))
+    session.execute(insert(Leftover).values(path=path, due_at=due).on_conflict_do_nothing())
+
+
+def remove_leftovers(engine: Engine, settings: Settings) -> list[str]:
+    """Remove the folders that are due and belong to nothing; return their paths."""
+    removed = []
+    with Session(engine) as session:
+        due = select(Leftover.path).where(Leftover.due_at < func.now()).limit(MAX_PER_ROUND)
+        paths = list(session.scalars(due))
+    for path in paths:
+        with transaction(engine) as session:
+            is_needed = _is_there(session, Path(path).name)
+            folder = settings.data_dir / path
+            if not is_needed and folder.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                if folder.exists():
+                    log.error("leftover_not_removed", path=path)
+                    continue
+                removed.append(path)
+            session.execute(delete(Leftover).where(Leftover.path == path))
+    if removed:
+        log.info("leftovers_removed", paths=removed)
+    return removed
+
+
+def _is_there(session: Session, thing_id: str) -> bool:
+    tables = (Audit, Ranking, Dataset)
+    return any(session.get(table, thing_id) is not None for table in tables)
+
+
+def remove_temporary_files(settings: Settings) -> list[Path]:
+    """Remove files and folders under temporary names that nobody has written to for long."""
+    before = time.time() - settings.leftover_seconds
+    removed = []
+    for name in _FOLDERS:
+        for path in (settings.data_dir / name).rglob(TEMPORARY):
+            if _last_written(path) >= before:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            removed.append(path)
+    if removed:
+        log.info("temporary_files_removed", count=len(removed))
+    return removed
+
+
+def _last_written(path: Path) -> float:
+    """Return when a file, or anything in a folder, was written last; never for one that is gone."""
+    times = [0.0]
+    for part in (path, *path.rglob("*")):
+        try:
+            times.append(part.lstat().st_mtime)
+        except FileNotFoundError:
+            continue
+    return max(times)
