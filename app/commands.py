@@ -76,15 +76,30 @@ def worker(
     gpu: Annotated[
         bool, typer.Option("--gpu", help="Only audits; leave rankings to other workers.")
     ] = False,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Only what audits begin with: bring their files here.")
+    ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="All but that, for a worker without a network.")
+    ] = False,
 ) -> None:
     """Run one worker, on the GPU that it sees or else on the CPU; it takes all work by default."""
     from app import verbs
+    from app.jobs import CPU_QUEUE_NAME, FETCH_QUEUE_NAME, QUEUE_NAME
 
-    if cpu and gpu:
-        raise typer.BadParameter("give --cpu or --gpu, or neither for a worker that takes both")
+    if cpu + gpu + fetch > 1 or (fetch and offline):
+        raise typer.BadParameter(
+            "give one of --cpu, --gpu and --fetch, or none of them for a worker that takes all; "
+            "--offline goes with the first two, or alone"
+        )
     if check:
         raise typer.Exit(verbs.check_worker())
-    raise typer.Exit(verbs.worker(takes_audits=not cpu, takes_rankings=not gpu))
+    choice = {
+        QUEUE_NAME: not (cpu or fetch),
+        CPU_QUEUE_NAME: not (gpu or fetch),
+        FETCH_QUEUE_NAME: not (cpu or offline),
+    }
+    raise typer.Exit(verbs.worker(queues=[name for name, is_taken in choice.items() if is_taken]))
 
 
 def migrate(*, as_json: Json = False) -> None:

@@ -13,7 +13,7 @@ from app.db import new_id
 from app.errors import BodyTooLarge, NotPermitted, problem_response
 from app.settings import Settings
 
-QUIET_PATHS = frozenset({"/healthz", "/readyz"})
+QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 
 log = structlog.get_logger()
 

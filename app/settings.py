@@ -97,6 +97,11 @@ class Settings(BaseSettings):
         gt=0,
         description="Pause before a webhook's second try; each further one is 4.5 times as long.",
     )
+    metrics_token: SecretStr | None = Field(
+        None,
+        description="Bearer token that /metrics asks for; without one it answers callers on its "
+        "own machine alone.",
+    )
     log_format: Literal["json", "console"] = Field("json", description="How log lines look.")
 
     @field_validator("file_roots", mode="before")

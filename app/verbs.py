@@ -1,7 +1,7 @@
 """What the verbs of the command line do."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
@@ -17,7 +17,6 @@ from app import supervisor
 from app.db import make_engine
 from app.embedded import DataDirectoryInUse, ServerDidNotStart, embedded_postgres
 from app.errors import NotFound
-from app.jobs import CPU_QUEUE_NAME, QUEUE_NAME
 from app.keys import service as keys
 from app.keys.models import ApiKey
 from app.keys.service import NewKey
@@ -66,13 +65,12 @@ def api(*, host: str | None, port: int | None) -> None:
         run_api(settings, listener)
 
 
-def worker(*, takes_audits: bool = True, takes_rankings: bool = True) -> int:
-    """Run one worker and return its exit code."""
+def worker(*, queues: Sequence[str]) -> int:
+    """Run one worker on some queues and return its exit code."""
     _require_torch()
     from workers.celery_app import run_worker  # noqa: PLC0415  the API is installed without it
 
-    choice = {QUEUE_NAME: takes_audits, CPU_QUEUE_NAME: takes_rankings}
-    return run_worker([name for name, is_taken in choice.items() if is_taken])
+    return run_worker(queues)
 
 
 def check_worker() -> int:

@@ -3,18 +3,21 @@
 import os
 import signal
 import socket
+from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import structlog
 from celery import Celery, shared_task
-from celery.signals import setup_logging, worker_process_init
-from sqlalchemy import Engine
+from celery.signals import setup_logging, worker_process_init, worker_process_shutdown
+from sqlalchemy import Engine, select
 
 from app.db import make_engine, transaction
-from app.jobs import TASK_NAME, send_units
+from app.jobs import QUEUES, TASK_NAME, queue_of, send_units
 from app.logs import configure_logging
 from app.settings import Settings, get_settings
+from app.tracing import note_failure, span, start_tracing, stop_tracing
 from app.work import repository as work
+from app.work.models import Stage, WorkUnit
 from app.work.repository import CancelPending, Claim, Failure, LeaseLost
 from workers.lease import CancelRequested, Draining, Hold, HoldLost
 
@@ -29,6 +32,17 @@ _held: list[Hold] = []  # at most one: a child runs one task at a time
 def _configure_logging(**_: object) -> None:
     """Log as the rest of the service does, in the parent and in the spawned children."""
     configure_logging(get_settings().log_format)
+
+
+@worker_process_init.connect  # type: ignore[untyped-decorator]
+def _trace(**_: object) -> None:
+    """Trace the units that this child works on."""
+    start_tracing("worker")
+
+
+@worker_process_shutdown.connect  # type: ignore[untyped-decorator]
+def _send_last_spans(**_: object) -> None:
+    stop_tracing()
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
@@ -53,6 +67,12 @@ def run_unit(self: object, unit_id: str) -> None:
     """Look at a unit of work; a unit that is held or over needs nothing."""
     settings = get_settings()
     engine = _process_engine()
+    celery: Celery = self.app  # type: ignore[attr-defined]  # bound task
+    came_by = (self.request.delivery_info or {}).get("routing_key")  # type: ignore[attr-defined]
+    if _is_for_others(engine, unit_id, came_by):
+        # sent by a version that had other queues; this worker may lack the network, or the GPU
+        send_units(engine, celery, [unit_id])
+        return
     owner = f"{socket.gethostname()}:{os.getpid()}"
     claim = work.claim(engine, unit_id, owner=owner, lease_seconds=settings.lease_seconds)
     if claim is None:
@@ -69,8 +89,16 @@ def run_unit(self: object, unit_id: str) -> None:
     with structlog.contextvars.bound_contextvars(**context):
         ready = execute(engine, settings, claim)
         if ready:
-            celery: Celery = self.app  # type: ignore[attr-defined]  # bound task
             send_units(engine, celery, ready)
+
+
+def _is_for_others(engine: Engine, unit_id: str, came_by: str | None) -> bool:
+    """Return whether a message came by a queue that its unit's stage does not wait in."""
+    if came_by not in QUEUES:
+        return False
+    with transaction(engine) as session:
+        stage = session.scalar(select(WorkUnit.stage).where(WorkUnit.id == unit_id))
+    return stage is not None and queue_of(Stage(stage)) != came_by
 
 
 def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
@@ -86,7 +114,7 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     from workers.pipeline.run import run_stage
 
     log.info("unit_started")
-    with Hold(engine, settings, claim) as hold:
+    with _span_of(claim), Hold(engine, settings, claim) as hold:
         _held.append(hold)
         try:
             output = run_stage(engine, settings, claim, hold)
@@ -104,6 +132,7 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
             log.warning("unit_lost")
         except Exception as error:
             failure = failure_of(error)
+            note_failure(failure.code)
             if is_worth_retrying(error) and claim.attempts < settings.max_attempts:
                 log.exception("unit_failed_will_retry", code=failure.code)
                 work.release(engine, claim, reason=failure.message)
@@ -123,6 +152,20 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     if claim.ranking_id is not None:
         remove_if_deleted(engine, settings, claim)
     return []
+
+
+def _span_of(claim: Claim) -> AbstractContextManager[object]:
+    """Return the span of a unit, a child of the request that its audit or ranking came by."""
+    return span(
+        f"unit {claim.stage.value}",
+        traceparent=claim.traceparent,
+        audit_id=claim.audit_id,
+        ranking_id=claim.ranking_id or "",
+        unit_id=claim.unit_id,
+        stage=claim.stage.value,
+        position=claim.position,
+        attempt=claim.attempts,
+    )
 
 
 def _naming_part(failure: Failure, claim: Claim) -> Failure:

@@ -33,7 +33,7 @@ from tests.factories import (
     request_body,
 )
 
-PUBLIC = {"/healthz", "/readyz"}
+PUBLIC = {"/healthz", "/readyz", "/metrics"}
 NOT_ABOUT_A_THING = {"/v1/estimators", "/v1/aggregations"}
 MAKES_THINGS = {("POST", path) for path in ("/v1/audits", "/v1/experiments", "/v1/webhooks")}
 OF_NO_TENANT = {"api_keys", "worker_heartbeats"}
