@@ -5,6 +5,7 @@ settings of Winnow's. Without an endpoint the SDK is not even imported.
 """
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 if TYPE_CHECKING:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace import TracerProvider
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-FLUSH_MILLISECONDS = 2000
+FLUSH_SECONDS = 2.0
 QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 
 log = structlog.get_logger()
 
 # at most one: every span of a process goes the same way
 _providers: "list[TracerProvider]" = []
+_exporters: "list[OTLPSpanExporter]" = []
 
 
 def start_tracing(service: str) -> "TracerProvider | None":
@@ -50,8 +53,10 @@ def start_tracing(service: str) -> "TracerProvider | None":
     resource = Resource.create({SERVICE_NAME: named, SERVICE_VERSION: VERSION})
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(_without_queries())
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    exporter = OTLPSpanExporter()
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     _providers.append(provider)
+    _exporters.append(exporter)
     return provider
 
 
@@ -71,7 +76,11 @@ def stop_tracing() -> None:
     """Send what is left, without waiting long for it."""
     while _providers:
         provider = _providers.pop()
-        provider.force_flush(FLUSH_MILLISECONDS)
+        # it waits as long as an export may take, whatever time it is given
+        flush = threading.Thread(target=provider.force_flush, daemon=True)
+        flush.start()
+        flush.join(FLUSH_SECONDS)
+        _exporters.pop().shutdown()  # so that it does not try again and again
         provider.shutdown()
 
 
