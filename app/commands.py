@@ -34,6 +34,8 @@ def register(app: typer.Typer) -> None:
     keys.command("list")(_explaining(list_keys))
     keys.command("revoke")(_explaining(revoke_key))
     app.add_typer(keys, name="keys")
+    for keeping in (backup, restore, purge):
+        app.command()(_explaining(keeping))
 
 
 def look_around() -> Iterable[Finding]:
@@ -171,6 +173,71 @@ def revoke_key(
         _answer({"id": key_id, "revoked": True})
     else:
         typer.echo(f"{key_id} is revoked.")
+
+
+def backup(
+    target: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
+    *,
+    data_dir: DataDir = None,
+    cache: Annotated[bool, typer.Option(help="Also copy what was fetched from hubs.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Copy database and files into a folder, while the service runs or not."""
+    from dataclasses import asdict
+
+    from app import verbs
+
+    manifest = verbs.back_up(target=target, data_dir=data_dir, with_cache=cache)
+    if as_json:
+        _answer(asdict(manifest))
+    else:
+        typer.echo(
+            f"{manifest.num_audits} audits, {manifest.num_files} files, "
+            f"{manifest.num_bytes / 1024**2:.1f} MiB in {target}."
+        )
+
+
+def restore(
+    source: Annotated[Path, typer.Argument(help="A folder of `winnow backup`.")],
+    *,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Set a backup up in an empty data directory and an empty database."""
+    from app import verbs
+
+    incomplete = verbs.restore(source=source, data_dir=data_dir)
+    if as_json:
+        _answer({"restored": True, "incomplete": incomplete})
+        return
+    typer.echo("Restored; start the service as before.")
+    for audit_id in incomplete:
+        typer.echo(f"{audit_id} lacks files of its results: it was deleted meanwhile.", err=True)
+
+
+def purge(
+    *,
+    days: Annotated[
+        float | None,
+        typer.Option(min=0, help="Delete audits that ended longer ago. [default: none]"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be deleted.")] = False,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Delete old audits, and files that belong to none; results that are deleted are gone."""
+    from dataclasses import asdict
+
+    from app import verbs
+
+    purged = verbs.purge(days=days, dry_run=dry_run, data_dir=data_dir)
+    if as_json:
+        _answer(asdict(purged) | {"dry_run": dry_run})
+        return
+    said = "Would delete" if dry_run else "Deleted"
+    typer.echo(f"{said} {len(purged.audits)} audits and {len(purged.orphans)} files or folders.")
+    for name in (*purged.audits, *purged.orphans):
+        typer.echo(name)
 
 
 def _answer(value: Any) -> None:  # noqa: ANN401  what JSON knows

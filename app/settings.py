@@ -78,6 +78,12 @@ class Settings(BaseSettings):
         description="How long after an audit's end its influence files are kept, for further "
         "rankings; 0 is as long as the audit.",
     )
+    audit_days: float = Field(
+        0,
+        ge=0,
+        description="How long after its end an audit is kept with its results; 0 is until "
+        "somebody deletes it. Audits of an experiment go when the last of them is as old.",
+    )
     checkpoint_steps: int = Field(50, ge=1, description="Fine-tuning steps between checkpoints.")
     webhook_plain_http: bool = Field(
         False, description="Let webhooks have addresses with http://, without encryption."

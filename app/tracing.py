@@ -80,7 +80,7 @@ def stop_tracing() -> None:
         flush = threading.Thread(target=provider.force_flush, daemon=True)
         flush.start()
         flush.join(FLUSH_SECONDS)
-        _exporters.pop().shutdown()  # so that it does not try again and again
+        _exporters.pop().shutdown()  # type: ignore[no-untyped-call]  # so that it does not try again and again
         provider.shutdown()
 
 

@@ -13,9 +13,15 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from app import supervisor
+from app import backup, supervisor
+from app.backup import BackupRefused, Manifest
 from app.db import make_engine
-from app.embedded import DataDirectoryInUse, ServerDidNotStart, embedded_postgres
+from app.embedded import (
+    DataDirectoryInUse,
+    ServerDidNotStart,
+    data_directory,
+    embedded_postgres,
+)
 from app.errors import NotFound
 from app.keys import service as keys
 from app.keys.models import ApiKey
@@ -23,9 +29,12 @@ from app.keys.service import NewKey
 from app.migrate import migrate as upgrade
 from app.server import RefusedToStart, open_socket, run_api
 from app.settings import MissingSetting, Settings, get_settings
+from app.work import purging
 from app.work.models import WorkerHeartbeat
+from app.work.purging import Purged
 
 EXPLAINED = (
+    BackupRefused,
     DataDirectoryInUse,
     MissingSetting,
     NotFound,
@@ -95,13 +104,13 @@ def migrate() -> None:
 
 def create_key(*, data_dir: Path | None, tenant: str, name: str, valid_days: int) -> NewKey:
     """Make an API key."""
-    with _database(data_dir) as engine:
+    with _database(data_dir) as (engine, _):
         return keys.create_key(engine, tenant=tenant, name=name, valid_days=valid_days)
 
 
 def list_keys(*, data_dir: Path | None) -> list[ApiKey]:
     """Return all keys."""
-    with _database(data_dir) as engine:
+    with _database(data_dir) as (engine, _):
         return keys.list_keys(engine)
 
 
@@ -111,8 +120,38 @@ def revoke_key(key_id: str, *, data_dir: Path | None) -> None:
     Raises:
         NotFound: there is no such key.
     """
-    with _database(data_dir) as engine:
+    with _database(data_dir) as (engine, _):
         keys.revoke_key(engine, key_id)
+
+
+def back_up(*, target: Path, data_dir: Path | None, with_cache: bool) -> Manifest:
+    """Copy the service's database and files, while it runs or not.
+
+    Raises:
+        BackupRefused: the folder holds something, or the database cannot be dumped.
+    """
+    with _database(data_dir, migrated=False) as (engine, settings):
+        return backup.back_up(engine, settings, target, with_cache=with_cache)
+
+
+def restore(*, source: Path, data_dir: Path | None) -> list[str]:
+    """Set a copy up in an empty place; return the ids of audits whose results it lacks.
+
+    Raises:
+        BackupRefused: the copy is not whole, or the place is not empty.
+        DataDirectoryInUse: a service runs there.
+    """
+    with ExitStack() as stack:
+        if _settings(data_dir=data_dir).database_url is None:
+            stack.enter_context(data_directory(_settings(data_dir=data_dir).data_dir))
+        engine, settings = stack.enter_context(_database(data_dir, migrated=False))
+        return backup.restore(engine, settings, source)
+
+
+def purge(*, days: float | None, dry_run: bool, data_dir: Path | None) -> Purged:
+    """Delete audits that ended longer ago than some days, and files that belong to nothing."""
+    with _database(data_dir) as (engine, settings):
+        return purging.purge(engine, settings, days=days, dry_run=dry_run)
 
 
 def _require_torch() -> None:
@@ -132,7 +171,7 @@ def _settings(**options: Any) -> Settings:
 
 
 @contextmanager
-def _database(data_dir: Path | None) -> Iterator[Engine]:
+def _database(data_dir: Path | None, *, migrated: bool = True) -> Iterator[tuple[Engine, Settings]]:
     """Connect to the database of the settings, or else to the embedded one, running or not."""
     settings = _settings(data_dir=data_dir)
     with ExitStack() as stack:
@@ -141,5 +180,6 @@ def _database(data_dir: Path | None) -> Iterator[Engine]:
             settings = settings.model_copy(update={"database_url": SecretStr(url)})
         engine = make_engine(settings.require_database_url())
         stack.callback(engine.dispose)
-        upgrade(engine)
-        yield engine
+        if migrated:
+            upgrade(engine)
+        yield engine, settings

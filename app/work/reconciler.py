@@ -22,6 +22,7 @@ from app.jobs import QUEUES, queue_length, send_units, stages_of_queue
 from app.settings import Settings
 from app.webhooks.models import WebhookDelivery
 from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
+from app.work.purging import expire_audits, sweep
 from app.work.repository import Failure, Owner, fail_owner, settle_cancel
 from app.work.retention import expire_influence
 
@@ -50,6 +51,8 @@ def reconcile(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
     if owed:
         send_units(engine, celery, owed)
     expire_influence(engine, settings)
+    expire_audits(engine, settings)
+    sweep(engine, settings)
     return owed
 
 

@@ -66,7 +66,9 @@ def hub(workplace: Workplace, models: Models) -> Iterator[LoopbackHub]:
 
 def submit(workplace: Workplace, models: Models, *parts: str, **request: Any) -> str:
     """Submit an audit of what the hub has."""
-    named = {name: {"reference": DATA + name} for name in ("train", "validation", *parts)}
+    named: dict[str, Any] = {
+        name: {"reference": DATA + name} for name in ("train", "validation", *parts)
+    }
     return workplace.submit(
         models.encoder,
         source={"reference": "hf://lab/encoder@main"},

@@ -24,7 +24,7 @@ Start = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture
-def start(workplace: Workplace, tmp_path: Path) -> Iterator[Start]:
+def start(workplace: Workplace) -> Iterator[Start]:
     """Starts workers on the servers of this test, and ends them."""
     settings = workplace.settings
     environment = {
@@ -38,7 +38,7 @@ def start(workplace: Workplace, tmp_path: Path) -> Iterator[Start]:
     running: list[subprocess.Popen[bytes]] = []
 
     def worker(*options: str, **more: str) -> subprocess.Popen[bytes]:
-        with (tmp_path / f"{len(running)}.log").open("wb") as log:
+        with (workplace.files / f"{len(running)}.log").open("wb") as log:
             running.append(
                 subprocess.Popen(
                     [sys.executable, "-P", "-m", "app", "worker", *options],
@@ -70,7 +70,6 @@ def test_each_takes_its_own_and_hands_on_what_came_astray(
     models: Models,
     celery: Celery,
     broker: Redis,
-    tmp_path: Path,
 ) -> None:
     """A message by the old queue, as a version before sent it, finds the worker with a network."""
     audit_id = workplace.submit(models.classifier, **workplace.reviews())
@@ -78,14 +77,14 @@ def test_each_takes_its_own_and_hands_on_what_came_astray(
     celery.send_task(TASK_NAME, args=[unit.id], queue=QUEUE_NAME)
 
     start("--gpu", "--offline", HF_HUB_OFFLINE="1")
-    wait_for(lambda: broker.llen(FETCH_QUEUE_NAME) == 1, tmp_path)
+    wait_for(lambda: broker.llen(FETCH_QUEUE_NAME) == 1, workplace.files)
     (unit,) = workplace.units(audit_id)
     assert (unit.state, unit.attempts) == (UnitState.READY, 0)
     readiness = check_worker(workplace.engine, workplace.settings)
     assert "none that takes rankings and what audits begin with" in readiness.detail
 
     start("--fetch")
-    wait_for(lambda: workplace.audit(audit_id).finished_at is not None, tmp_path)
+    wait_for(lambda: workplace.audit(audit_id).finished_at is not None, workplace.files)
     audit = workplace.audit(audit_id)
     assert audit.state == "succeeded", audit.error_message
     assert broker.llen(QUEUE_NAME) == broker.llen(FETCH_QUEUE_NAME) == 0
