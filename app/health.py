@@ -15,13 +15,18 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app.dependencies import CeleryDep, ServiceEngineDep, SettingsDep
-from app.jobs import CPU_QUEUE_NAME, QUEUES, queue_length
+from app.jobs import CPU_QUEUE_NAME, FETCH_QUEUE_NAME, QUEUE_NAME, QUEUES, queue_length
 from app.settings import Settings
 from app.storage import LEAST_FREE_BYTES
 from app.version import VERSION
 from app.work.models import WorkerHeartbeat
 
 BROKER_PATIENCE_SECONDS = 2.0
+WORK_OF_QUEUE = {
+    QUEUE_NAME: "audits",
+    CPU_QUEUE_NAME: "rankings",
+    FETCH_QUEUE_NAME: "what audits begin with (their files)",
+}
 
 router = APIRouter(tags=["health"])
 
@@ -127,12 +132,12 @@ def _worker(engine: Engine, settings: Settings) -> Check:
     with Session(engine) as session:
         served = list(session.scalars(statement))
     missing = set(QUEUES).difference(*served)
-    if len(missing) == 1:
-        what = "rankings" if CPU_QUEUE_NAME in missing else "audits"
+    if served and missing:
+        what = " and ".join(WORK_OF_QUEUE[queue] for queue in QUEUES if queue in missing)
         return Check(
             ok=False,
             detail=f"{len(served)} at work, but none that takes {what}. Start one with `winnow "
-            "worker`, which takes both.",
+            "worker`, which takes all.",
         )
     if missing:
         return Check(

@@ -20,8 +20,12 @@ from app.work.models import Stage, UnitState, WorkUnit
 TASK_NAME = "winnow.work"
 QUEUE_NAME = "winnow"
 CPU_QUEUE_NAME = "winnow-cpu"
-QUEUES = (QUEUE_NAME, CPU_QUEUE_NAME)
-CPU_STAGES = frozenset({Stage.RANK})
+FETCH_QUEUE_NAME = "winnow-fetch"
+QUEUES = (QUEUE_NAME, CPU_QUEUE_NAME, FETCH_QUEUE_NAME)
+_OWN_QUEUES = {
+    Stage.RANK: CPU_QUEUE_NAME,  # needs no GPU
+    Stage.PREPARE: FETCH_QUEUE_NAME,  # the one that reads from the network
+}
 MAX_SENDERS = 2
 MAX_PAUSE = 5.0
 
@@ -97,8 +101,8 @@ def make_celery(settings: Settings) -> Celery:
 
 
 def queue_of(stage: Stage) -> str:
-    """Return where the units of a stage wait: what needs no GPU has a queue of its own."""
-    return CPU_QUEUE_NAME if stage in CPU_STAGES else QUEUE_NAME
+    """Return where the units of a stage wait."""
+    return _OWN_QUEUES.get(stage, QUEUE_NAME)
 
 
 def stages_of_queue(queue: str) -> list[Stage]:
@@ -156,11 +160,21 @@ class Sender:
 
 
 def queue_length(celery: Celery, *queues: str, timeout: float = 5.0) -> int:
-    """Return how many messages wait in the broker.
+    """Return how many messages wait in the broker, in some queues or in all.
+
+    Raises:
+        OperationalError: the broker cannot be reached.
+        RedisError: it does not answer, or refuses.
+    """
+    return sum(queue_lengths(celery, *queues, timeout=timeout).values())
+
+
+def queue_lengths(celery: Celery, *queues: str, timeout: float = 5.0) -> dict[str, int]:
+    """Return how many messages wait in each queue.
 
     Args:
         celery: knows the broker.
-        queues: which queues count; all by default.
+        queues: which queues; all by default.
         timeout: seconds that the broker may take for an answer.
 
     Raises:
@@ -171,4 +185,4 @@ def queue_length(celery: Celery, *queues: str, timeout: float = 5.0) -> int:
     with celery.connection_for_read(transport_options=patience) as connection:
         connection.ensure_connection(max_retries=1, timeout=timeout)
         size = connection.default_channel._size  # noqa: SLF001  Redis has no passive declare
-        return sum(int(size(queue)) for queue in queues or QUEUES)
+        return {queue: int(size(queue)) for queue in queues or QUEUES}

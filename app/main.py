@@ -2,9 +2,11 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import cast
 
 from celery import Celery
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from sqlalchemy import Engine
 
 import app.tables  # noqa: F401  registers every table
@@ -30,8 +32,12 @@ from app.limits.rates import Rates
 from app.limits.uploads import UploadSlots
 from app.live.events import install_end_of_streams
 from app.live.watcher import Watcher
+from app.metrics import routes as metrics_routes
+from app.metrics.registry import Metrics
+from app.metrics.requests import RequestMetrics
 from app.middleware import BodyLimit, LoopbackOnly, RequestContext
 from app.settings import Settings
+from app.tracing import of_requests, start_tracing, stop_tracing
 from app.trail import routes as trail_routes
 from app.version import VERSION
 from app.web import report_routes
@@ -99,6 +105,7 @@ def create_app(
         finally:
             webhook_sender.stop()
             reconciler.stop()
+            stop_tracing()
             if engine is None:
                 the_engine.dispose()
 
@@ -109,6 +116,7 @@ def create_app(
         description=DESCRIPTION,
         openapi_tags=TAGS,
         lifespan=lifespan,
+        telemetry=cast("TelemetryConfig", of_requests(start_tracing("api"))),
     )
     api.state.settings = settings
     api.state.engine = the_engine
@@ -118,7 +126,9 @@ def create_app(
     api.state.watcher = Watcher(the_engine)
     api.state.rates = Rates(settings.require_broker_url())
     api.state.upload_slots = UploadSlots(settings.max_concurrent_uploads)
+    api.state.metrics = Metrics(settings, the_engine, the_celery)
     api.include_router(health.router)
+    api.include_router(metrics_routes.router)
     for router in (
         audit_routes.router,
         audit_routes.results_router,
@@ -141,6 +151,7 @@ def create_app(
     if not settings.require_keys:
         api.add_middleware(LoopbackOnly)
     api.add_middleware(RequestContext)
+    api.add_middleware(RequestMetrics, counts=api.state.metrics.requests)
     install_error_handlers(api)
     describe_scopes(api)
     install_end_of_streams(api)

@@ -13,8 +13,8 @@ from app.db import new_id
 from app.errors import BodyTooLarge, BodyTooSlow, NotPermitted, problem_response
 from app.settings import Settings
 
-QUIET_PATHS = frozenset({"/healthz", "/readyz"})
 ANSWER_HEADERS = "answer_headers"  # of the request's state: what every answer to it carries
+QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 
 log = structlog.get_logger()
 

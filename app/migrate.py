@@ -4,13 +4,37 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Engine, text
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, literal, literal_column, select, text
 
 import migrations
 
 MIGRATION_LOCK = (
     0x77_69_6E_6E  # "winn": two services that start at once migrate one after the other
 )
+
+
+TENANT_ROLE = "winnow_tenant"
+
+
+def make_tenant_role(connection: Connection) -> None:
+    """Make the role of callers' queries where the server lacks it, as migration 0010 does."""
+    known = select(literal(1)).where(literal_column("rolname") == TENANT_ROLE)
+    if not connection.scalar(known.select_from(text("pg_roles"))):
+        connection.execute(text(f"CREATE ROLE {TENANT_ROLE} NOLOGIN"))
+    connection.execute(text(f"GRANT {TENANT_ROLE} TO CURRENT_USER"))
+
+
+def head_revision() -> str | None:
+    """Return the schema that this version needs."""
+    return ScriptDirectory.from_config(alembic_config()).get_current_head()
+
+
+def current_revision(engine: Engine) -> str | None:
+    """Return the schema that a database has; None without tables."""
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision()
 
 
 def alembic_config() -> Config:

@@ -121,6 +121,12 @@ class Settings(BaseSettings):
         description="How long after an audit's end its influence files are kept, for further "
         "rankings; 0 is as long as the audit.",
     )
+    audit_days: float = Field(
+        0,
+        ge=0,
+        description="How long after its end an audit is kept with its results; 0 is until "
+        "somebody deletes it. Audits of an experiment go when the last of them is as old.",
+    )
     checkpoint_steps: int = Field(50, ge=1, description="Fine-tuning steps between checkpoints.")
     webhook_plain_http: bool = Field(
         False, description="Let webhooks have addresses with http://, without encryption."
@@ -139,6 +145,11 @@ class Settings(BaseSettings):
         8,
         gt=0,
         description="Pause before a webhook's second try; each further one is 4.5 times as long.",
+    )
+    metrics_token: SecretStr | None = Field(
+        None,
+        description="Bearer token that /metrics asks for; without one it answers callers on its "
+        "own machine alone.",
     )
     log_format: Literal["json", "console"] = Field("json", description="How log lines look.")
 

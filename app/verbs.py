@@ -1,7 +1,7 @@
 """What the verbs of the command line do."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
@@ -13,11 +13,16 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from app import supervisor
+from app import backup, supervisor
+from app.backup import BackupRefused, Manifest
 from app.db import make_engine
-from app.embedded import DataDirectoryInUse, ServerDidNotStart, embedded_postgres
+from app.embedded import (
+    DataDirectoryInUse,
+    ServerDidNotStart,
+    data_directory,
+    embedded_postgres,
+)
 from app.errors import Conflict, NotFound
-from app.jobs import CPU_QUEUE_NAME, QUEUE_NAME
 from app.keys import service as keys
 from app.keys.models import ApiKey
 from app.keys.scopes import read_scopes
@@ -27,9 +32,12 @@ from app.limits.models import TenantLimits
 from app.migrate import migrate as upgrade
 from app.server import RefusedToStart, open_socket, run_api
 from app.settings import MissingSetting, Settings, get_settings
+from app.work import purging
 from app.work.models import WorkerHeartbeat
+from app.work.purging import Purged
 
 EXPLAINED = (
+    BackupRefused,
     Conflict,
     DataDirectoryInUse,
     MissingSetting,
@@ -72,13 +80,12 @@ def api(*, host: str | None, port: int | None) -> None:
         run_api(settings, listener)
 
 
-def worker(*, takes_audits: bool = True, takes_rankings: bool = True) -> int:
-    """Run one worker and return its exit code."""
+def worker(*, queues: Sequence[str]) -> int:
+    """Run one worker on some queues and return its exit code."""
     _require_torch()
     from workers.celery_app import run_worker  # noqa: PLC0415  the API is installed without it
 
-    choice = {QUEUE_NAME: takes_audits, CPU_QUEUE_NAME: takes_rankings}
-    return run_worker([name for name, is_taken in choice.items() if is_taken])
+    return run_worker(queues)
 
 
 def check_worker() -> int:
@@ -116,7 +123,7 @@ def create_key(
         ValueError: a scope that there is not.
     """
     chosen = None if scopes is None else read_scopes(scopes)
-    with _database(data_dir) as engine:
+    with _database(data_dir) as (engine, _):
         return keys.create_key(
             engine,
             tenant=tenant,
@@ -136,25 +143,25 @@ def rotate_key(
         NotFound: there is no such key.
         Conflict: it was revoked.
     """
-    with _database(data_dir) as engine:
+    with _database(data_dir) as (engine, _):
         return keys.rotate_key(engine, key_id, valid_days=valid_days, overlap_hours=overlap_hours)
 
 
 def set_limits(tenant: str, *, data_dir: Path | None, changes: dict[str, int | None]) -> None:
     """Set some limits of a tenant."""
-    with _database(data_dir) as engine:
+    with _database(data_dir) as (engine, _):
         quotas.set_limits(engine, tenant, changes)
 
 
 def list_limits(*, data_dir: Path | None) -> list[TenantLimits]:
     """Return the tenants that have limits of their own."""
-    with _database(data_dir) as engine:
+    with _database(data_dir) as (engine, _):
         return quotas.list_limits(engine)
 
 
 def list_keys(*, data_dir: Path | None) -> list[ApiKey]:
     """Return all keys."""
-    with _database(data_dir) as engine:
+    with _database(data_dir) as (engine, _):
         return keys.list_keys(engine)
 
 
@@ -179,8 +186,38 @@ def revoke_key(key_id: str, *, data_dir: Path | None) -> None:
     Raises:
         NotFound: there is no such key.
     """
-    with _database(data_dir) as engine:
+    with _database(data_dir) as (engine, _):
         keys.revoke_key(engine, key_id)
+
+
+def back_up(*, target: Path, data_dir: Path | None, with_cache: bool) -> Manifest:
+    """Copy the service's database and files, while it runs or not.
+
+    Raises:
+        BackupRefused: the folder holds something, or the database cannot be dumped.
+    """
+    with _database(data_dir, migrated=False) as (engine, settings):
+        return backup.back_up(engine, settings, target, with_cache=with_cache)
+
+
+def restore(*, source: Path, data_dir: Path | None) -> list[str]:
+    """Set a copy up in an empty place; return the ids of audits whose results it lacks.
+
+    Raises:
+        BackupRefused: the copy is not whole, or the place is not empty.
+        DataDirectoryInUse: a service runs there.
+    """
+    with ExitStack() as stack:
+        if _settings(data_dir=data_dir).database_url is None:
+            stack.enter_context(data_directory(_settings(data_dir=data_dir).data_dir))
+        engine, settings = stack.enter_context(_database(data_dir, migrated=False))
+        return backup.restore(engine, settings, source)
+
+
+def purge(*, days: float | None, dry_run: bool, data_dir: Path | None) -> Purged:
+    """Delete audits that ended longer ago than some days, and files that belong to nothing."""
+    with _database(data_dir) as (engine, settings):
+        return purging.purge(engine, settings, days=days, dry_run=dry_run)
 
 
 def _require_torch() -> None:
@@ -200,7 +237,7 @@ def _settings(**options: Any) -> Settings:
 
 
 @contextmanager
-def _database(data_dir: Path | None) -> Iterator[Engine]:
+def _database(data_dir: Path | None, *, migrated: bool = True) -> Iterator[tuple[Engine, Settings]]:
     """Connect to the database of the settings, or else to the embedded one, running or not."""
     settings = _settings(data_dir=data_dir)
     with ExitStack() as stack:
@@ -209,5 +246,6 @@ def _database(data_dir: Path | None) -> Iterator[Engine]:
             settings = settings.model_copy(update={"database_url": SecretStr(url)})
         engine = make_engine(settings.require_database_url())
         stack.callback(engine.dispose)
-        upgrade(engine)
-        yield engine
+        if migrated:
+            upgrade(engine)
+        yield engine, settings

@@ -9,8 +9,10 @@ import pytest
 import typer
 import yaml
 from typer.main import get_command
+from typer.testing import CliRunner
 from winnow.cli import make_app
 
+from app.jobs import QUEUES
 from app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +20,7 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OWN_SERVICES = {name: of for name, of in SERVICES.items() if of["image"].startswith("winnow-")}
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+WORKERS = [name for name, of in OWN_SERVICES.items() if of["command"][0] == "worker"]
 VARIABLE = re.compile(r"\$\{(\w+)(:[-?][^}]*)?\}")
 
 own_services = pytest.mark.parametrize("name", OWN_SERVICES)
@@ -42,7 +45,10 @@ def assert_is_a_command(words: list[str]) -> None:
 
 
 def test_the_services_of_an_installation_are_there() -> None:
-    assert set(SERVICES) == {"api", "worker", "ranker", "migrate", "postgres", "redis"}
+    assert set(SERVICES) == {
+        *("api", "fetcher", "worker", "ranker", "migrate"),
+        *("postgres", "redis"),
+    }
 
 
 @own_services
@@ -90,7 +96,7 @@ def test_health_checks_run_what_exists() -> None:
     port = SERVICES["api"]["environment"]["WINNOW_PORT"]
     assert f"http://127.0.0.1:{port}/healthz" in of_api[-1]
     compile(of_api[-1], "healthcheck", "exec")
-    for name in ("worker", "ranker"):
+    for name in WORKERS:
         of_worker = SERVICES[name]["healthcheck"]["test"]
         assert of_worker[:2] == ["CMD", "winnow"]
         assert_is_a_command(of_worker[2:])
@@ -98,11 +104,11 @@ def test_health_checks_run_what_exists() -> None:
 
 def test_nothing_starts_before_what_it_needs() -> None:
     """Services wait for the schema, and for servers that answer, not only for their processes."""
-    for name in ("api", "worker", "ranker"):
+    for name in ("api", *WORKERS):
         needs = SERVICES[name]["depends_on"]
         assert needs["migrate"] == {"condition": "service_completed_successfully"}
         assert needs["postgres"] == {"condition": "service_healthy"}
-    for name in ("worker", "ranker"):
+    for name in WORKERS:
         assert SERVICES[name]["depends_on"]["redis"] == {"condition": "service_healthy"}
     assert SERVICES["migrate"]["depends_on"]["postgres"] == {"condition": "service_healthy"}
     for service in SERVICES.values():
@@ -119,13 +125,57 @@ def test_the_worker_has_a_gpu_and_time_to_stop() -> None:
     (device,) = SERVICES["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert SERVICES["worker"]["stop_grace_period"] == "90s"
-    assert "deploy" not in SERVICES["ranker"]
+    assert not any("deploy" in SERVICES[name] for name in ("fetcher", "ranker"))
 
 
-def test_audits_and_rankings_have_a_worker_each() -> None:
-    """A worker of the GPU that takes no rankings needs one beside it that does."""
-    commands = [of["command"] for of in OWN_SERVICES.values() if of["command"][0] == "worker"]
-    assert sorted(commands) == [["worker", "--cpu"], ["worker", "--gpu"]]
+def test_every_queue_has_a_worker_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one leaves another one takes, and none waits behind what it need not."""
+    taken: list[list[str]] = []
+
+    def run_worker(queues: list[str]) -> int:
+        taken.append(queues)
+        return 0
+
+    monkeypatch.setattr("workers.celery_app.run_worker", run_worker)
+    for name in WORKERS:
+        result = CliRunner().invoke(make_app(), SERVICES[name]["command"])
+        assert result.exit_code == 0, result.output
+    assert sorted(taken) == sorted([queue] for queue in QUEUES)
+
+
+def test_only_who_must_has_a_way_out() -> None:
+    """The fetcher reads what others host, the API calls webhooks; GPU and data are inside."""
+    networks = {name: set(of["networks"]) for name, of in SERVICES.items()}
+    assert {name for name, of in networks.items() if "outside" in of} == {"api", "fetcher"}
+    assert all("inside" in of for of in networks.values())
+    assert COMPOSE["networks"] == {"inside": {"internal": True}, "outside": None}
+    for name in set(WORKERS) - {"fetcher"}:
+        assert SERVICES[name]["environment"]["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in SERVICES["fetcher"]["environment"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_no_container_can_do_more_than_it_must(name: str) -> None:
+    """No capability, no new privilege, no root, and nothing to write but volumes and memory."""
+    service = SERVICES[name]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is True
+    assert "/tmp" in service["tmpfs"]
+    assert not {"cap_add", "privileged", "pid", "network_mode", "devices"} & set(service)
+    if name not in OWN_SERVICES:
+        assert service["user"] == name  # the images' own users; ours are set in the Dockerfile
+    for mount in service["volumes"]:
+        assert mount.endswith(":ro") or mount.partition(":")[0] in COMPOSE["volumes"]
+
+
+@own_services
+def test_what_a_service_writes_has_a_place(name: str) -> None:
+    """Libraries' small files go to memory, and files that may be large to the volume."""
+    environment = SERVICES[name]["environment"]
+    assert environment["HOME"] in SERVICES[name]["tmpfs"]
+    assert environment["TMPDIR"] == environment["WINNOW_DATA_DIR"] + "/tmp"
+    assert environment["TMPDIR"] in stages()["base"][1]
 
 
 def test_the_broker_keeps_its_messages() -> None:
@@ -168,7 +218,7 @@ def test_the_images_do_not_run_as_root() -> None:
     for name in ("api", "worker"):
         base, instructions = stages()[name]
         assert base == "base"
-        assert re.findall(r"^USER (\S+)$", instructions, re.MULTILINE) == ["winnow"]
+        assert re.findall(r"^USER (\S+)$", instructions, re.MULTILINE) == ["10001"]
     assert "useradd --uid 10001" in stages()["base"][1]
 
 
@@ -183,8 +233,8 @@ def test_only_the_worker_image_has_torch() -> None:
         for name, of in stages().items()
     }
     assert installs["base"] == []
-    assert installs["api"] == ["--constraint constraints.txt ./client ."]
-    assert installs["worker"] == ["--constraint constraints.txt ./client '.[worker]'"]
+    assert installs["api"] == ["--constraint constraints.txt ./client '.[tracing]'"]
+    assert installs["worker"] == ["--constraint constraints.txt ./client '.[worker,tracing]'"]
 
 
 def test_what_is_copied_exists_and_is_not_ignored() -> None:

@@ -21,6 +21,7 @@ from app.settings import Settings, get_settings
 from app.version import VERSION
 from app.work.models import WorkerHeartbeat
 from app.work.reconciler import Reconciler
+from workers.gpu import gpu_memory
 from workers.tasks import DRAIN_SIGNAL
 
 SIGN_OF_LIFE_SECONDS = 10
@@ -86,6 +87,7 @@ class _SignOfLife(threading.Thread):
     ) -> None:
         super().__init__(name="sign-of-life", daemon=True)
         self._engine = engine
+        self._device = settings.device
         self._row = {
             "name": name,
             "device": settings.device,
@@ -98,13 +100,15 @@ class _SignOfLife(threading.Thread):
         is_over = False
         while not is_over:
             try:
+                memory = gpu_memory(self._device)
+                seen = {
+                    "seen_at": func.now(),
+                    "gpu_memory_used": memory.used if memory else None,
+                    "gpu_memory_total": memory.total if memory else None,
+                }
                 with transaction(self._engine) as session:
-                    row = insert(WorkerHeartbeat).values(**self._row)
-                    session.execute(
-                        row.on_conflict_do_update(
-                            index_elements=["name"], set_={"seen_at": func.now()}
-                        )
-                    )
+                    row = insert(WorkerHeartbeat).values(**self._row | seen)
+                    session.execute(row.on_conflict_do_update(index_elements=["name"], set_=seen))
             except SQLAlchemyError as error:
                 log.warning("sign_of_life_failed", error=str(error))
             is_over = self._stopped.wait(SIGN_OF_LIFE_SECONDS)

@@ -3,21 +3,24 @@
 import os
 import signal
 import socket
+from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import structlog
 from celery import Celery, shared_task
-from celery.signals import setup_logging, worker_process_init
-from sqlalchemy import Engine
+from celery.signals import setup_logging, worker_process_init, worker_process_shutdown
+from sqlalchemy import Engine, select
 
 from app.db import make_engine, transaction
 from app.failpoints import reach
-from app.jobs import TASK_NAME, send_units
+from app.jobs import QUEUES, TASK_NAME, queue_of, send_units
 from app.logs import configure_logging
 from app.settings import Settings, get_settings
 from app.storage import WAITING, is_disk_full
+from app.tracing import note_failure, span, start_tracing, stop_tracing
 from app.work import repository as work
 from app.work.fairness import claim_in_turn
+from app.work.models import Stage, WorkUnit
 from app.work.repository import CancelPending, Claim, Failure, LeaseLost
 from workers.lease import CancelRequested, Draining, Hold, HoldLost
 
@@ -32,6 +35,17 @@ _held: list[Hold] = []  # at most one: a child runs one task at a time
 def _configure_logging(**_: object) -> None:
     """Log as the rest of the service does, in the parent and in the spawned children."""
     configure_logging(get_settings().log_format)
+
+
+@worker_process_init.connect  # type: ignore[untyped-decorator]
+def _trace(**_: object) -> None:
+    """Trace the units that this child works on."""
+    start_tracing("worker")
+
+
+@worker_process_shutdown.connect  # type: ignore[untyped-decorator]
+def _send_last_spans(**_: object) -> None:
+    stop_tracing()
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
@@ -64,6 +78,12 @@ def run_unit(self: object, unit_id: str) -> None:
 
     settings = get_settings()
     engine = _process_engine()
+    celery: Celery = self.app  # type: ignore[attr-defined]  # bound task
+    came_by = (self.request.delivery_info or {}).get("routing_key")  # type: ignore[attr-defined]
+    if _is_for_others(engine, unit_id, came_by):
+        # sent by a version that had other queues; this worker may lack the network, or the GPU
+        send_units(engine, celery, [unit_id])
+        return
     claim = claim_in_turn(engine, unit_id, owner=_owner(), lease_seconds=settings.lease_seconds)
     if claim is None:
         log.info("nothing_to_claim", unit_id=unit_id)
@@ -80,8 +100,16 @@ def run_unit(self: object, unit_id: str) -> None:
     with structlog.contextvars.bound_contextvars(**context):
         ready = execute(engine, settings, claim)
         if ready:
-            celery: Celery = self.app  # type: ignore[attr-defined]  # bound task
             send_units(engine, celery, ready)
+
+
+def _is_for_others(engine: Engine, unit_id: str, came_by: str | None) -> bool:
+    """Return whether a message came by a queue that its unit's stage does not wait in."""
+    if came_by not in QUEUES:
+        return False
+    with transaction(engine) as session:
+        stage = session.scalar(select(WorkUnit.stage).where(WorkUnit.id == unit_id))
+    return stage is not None and queue_of(Stage(stage)) != came_by
 
 
 def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
@@ -95,7 +123,7 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     from workers.pipeline.run import run_stage
 
     log.info("unit_started")
-    with Hold(engine, settings, claim) as hold:
+    with _span_of(claim), Hold(engine, settings, claim) as hold:
         _held.append(hold)
         try:
             output = run_stage(engine, settings, claim, hold)
@@ -130,6 +158,7 @@ def _leave_failed(engine: Engine, settings: Settings, claim: Claim, error: Excep
     from workers.pipeline.failures import INTERNAL_ERROR, failure_of, is_worth_retrying
 
     failure = failure_of(error)
+    note_failure(failure.code)
     if is_disk_full(error):
         log.error("unit_waits_for_storage", exc_info=error)
         work.release(engine, claim, reason="the disk is full", count_attempt=False, waiting=WAITING)
@@ -142,6 +171,20 @@ def _leave_failed(engine: Engine, settings: Settings, claim: Claim, error: Excep
         if failure.code == INTERNAL_ERROR:
             failure = _naming_part(failure, claim)
         work.fail(engine, claim, failure)
+
+
+def _span_of(claim: Claim) -> AbstractContextManager[object]:
+    """Return the span of a unit, a child of the request that its audit or ranking came by."""
+    return span(
+        f"unit {claim.stage.value}",
+        traceparent=claim.traceparent,
+        audit_id=claim.audit_id,
+        ranking_id=claim.ranking_id or "",
+        unit_id=claim.unit_id,
+        stage=claim.stage.value,
+        position=claim.position,
+        attempt=claim.attempts,
+    )
 
 
 def _naming_part(failure: Failure, claim: Claim) -> Failure:

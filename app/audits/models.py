@@ -23,6 +23,7 @@ from sqlalchemy.types import TypeEngine
 
 from app.db import Base
 from app.experiments.models import Experiment
+from app.tracing import current_traceparent
 
 
 class AuditState(StrEnum):
@@ -99,6 +100,7 @@ class Audit(Base):
     experiment_id: Mapped[str | None] = mapped_column(ForeignKey(Experiment.id, ondelete="CASCADE"))
     experiment_position: Mapped[int | None]
 
+    traceparent: Mapped[str | None] = mapped_column(default=current_traceparent)
     influence_bytes: Mapped[int | None] = mapped_column(BigInteger)
     influence_deleted_at: Mapped[datetime | None]
 
@@ -147,6 +149,7 @@ class Ranking(Base):
     waiting: Mapped[str | None]
     summary: Mapped[dict[str, Any]] = mapped_column(default=dict)
     folder: Mapped[str]  # of its files, below the audit's own
+    traceparent: Mapped[str | None] = mapped_column(default=current_traceparent)
 
     error_code: Mapped[str | None]
     error_message: Mapped[str | None] = mapped_column(Text)

@@ -7,7 +7,9 @@ temporary names, which no process looks for after its death.
 
 import shutil
 import time
+from collections.abc import Iterator
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import structlog
@@ -19,6 +21,7 @@ from app.audits.models import Audit, Ranking
 from app.datasets.models import Dataset
 from app.db import transaction
 from app.settings import Settings
+from app.work.keeping import may_tidy
 from app.work.models import Leftover
 
 TEMPORARY = "*.partial"
@@ -47,6 +50,8 @@ def remove_leftovers(engine: Engine, settings: Settings) -> list[str]:
         paths = list(session.scalars(due))
     for path in paths:
         with transaction(engine) as session:
+            if not may_tidy(session):
+                break
             is_needed = _is_there(session, Path(path).name)
             folder = settings.data_dir / path
             if not is_needed and folder.exists():
@@ -66,25 +71,16 @@ def _is_there(session: Session, thing_id: str) -> bool:
     return any(session.get(table, thing_id) is not None for table in tables)
 
 
-def remove_temporary_files(settings: Settings) -> list[Path]:
-    """Remove files and folders under temporary names that nobody has written to for long."""
+def temporary_files(settings: Settings) -> Iterator[Path]:
+    """Yield files and folders under temporary names that nobody has written to for long."""
     before = time.time() - settings.leftover_seconds
-    removed = []
-    for name in _FOLDERS:
-        for path in (settings.data_dir / name).rglob(TEMPORARY):
-            if _last_written(path) >= before:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-            removed.append(path)
-    if removed:
-        log.info("temporary_files_removed", count=len(removed))
-    return removed
+    found = ((settings.data_dir / name).rglob(TEMPORARY) for name in _FOLDERS)
+    for path in (*chain.from_iterable(found), *(settings.data_dir / "tmp").glob("*")):
+        if last_written(path) < before:
+            yield path
 
 
-def _last_written(path: Path) -> float:
+def last_written(path: Path) -> float:
     """Return when a file, or anything in a folder, was written last; never for one that is gone."""
     times = [0.0]
     for part in (path, *path.rglob("*")):

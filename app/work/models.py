@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import (
     ARRAY,
     REAL,
+    BigInteger,
     CheckConstraint,
     ForeignKey,
     Index,
@@ -90,6 +91,11 @@ class WorkUnit(Base):
             "ix_work_units_open", "state", postgresql_where=text("state IN ('ready', 'running')")
         ),
         Index(
+            "ix_work_units_finished",
+            "finished_at",
+            postgresql_where=text("finished_at IS NOT NULL"),
+        ),
+        Index(
             "ix_work_units_ranking",
             "ranking_id",
             postgresql_where=text("ranking_id IS NOT NULL"),
@@ -106,6 +112,8 @@ class WorkerHeartbeat(Base):
     device: Mapped[str]
     queues: Mapped[list[str]] = mapped_column(ARRAY(String))
     engine_version: Mapped[str]
+    gpu_memory_used: Mapped[int | None] = mapped_column(BigInteger)  # bytes, of whatever process
+    gpu_memory_total: Mapped[int | None] = mapped_column(BigInteger)
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
 

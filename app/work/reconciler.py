@@ -6,7 +6,6 @@ database (SERVICE.md, section 3).
 """
 
 import threading
-import time
 from datetime import timedelta
 
 import structlog
@@ -25,8 +24,9 @@ from app.settings import Settings
 from app.storage import WAITING, has_room
 from app.trail.models import TrailEntry
 from app.webhooks.models import WebhookDelivery
-from app.work.leftovers import remove_leftovers, remove_temporary_files
+from app.work.leftovers import remove_leftovers
 from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
+from app.work.purging import expire_audits, sweep
 from app.work.repository import Failure, Owner, fail_owner, settle_cancel
 from app.work.retention import expire_influence
 
@@ -71,6 +71,8 @@ def reconcile(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
         send_units(engine, celery, owed)
     expire_influence(engine, settings)
     remove_leftovers(engine, settings)
+    expire_audits(engine, settings)
+    sweep(engine, settings)
     return owed
 
 
@@ -202,13 +204,9 @@ class Reconciler(threading.Thread):
 
     def run(self) -> None:
         is_over = False
-        look_for_files_at = 0.0
         while not is_over:
             try:
                 reconcile(self._engine, self._celery, self._settings)
-                if time.monotonic() >= look_for_files_at:
-                    remove_temporary_files(self._settings)
-                    look_for_files_at = time.monotonic() + self._settings.leftover_seconds
             except Exception as error:  # noqa: BLE001  whatever it was, the promises need a next round
                 # The database may be restarting; the next round finds everything still there.
                 log.warning("reconcile_failed", error=str(error))

@@ -42,6 +42,7 @@ class Claim:
     epoch: int
     attempts: int
     ranking_id: str | None = None
+    traceparent: str | None = None  # of the request that the audit or ranking came by
 
 
 class LeaseLost(Exception):
@@ -108,6 +109,7 @@ def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> 
             unit.epoch,
             unit.attempts,
             ranking_id=unit.ranking_id,
+            traceparent=owner_row.traceparent,
         )
 
 

@@ -10,6 +10,7 @@ from app.audits.folders import audit_folder, remove_influence
 from app.audits.models import Audit, Ranking
 from app.db import transaction
 from app.settings import Settings
+from app.work.keeping import may_tidy
 
 MAX_AUDITS_PER_ROUND = 10
 
@@ -45,7 +46,9 @@ def _expire(engine: Engine, settings: Settings, audit_id: str) -> bool:
         unfinished = select(Ranking.id).where(
             Ranking.audit_id == audit_id, Ranking.finished_at.is_(None)
         )
-        if audit is None or session.scalars(unfinished.limit(1)).first():
+        if audit is None or not may_tidy(session):
+            return False
+        if session.scalars(unfinished.limit(1)).first():
             return False
         left = remove_influence(audit_folder(settings.data_dir, audit_id))
         if left:

@@ -23,7 +23,7 @@ from app import supervisor
 from app.child import start_child
 from app.commands import register
 from app.embedded import EmbeddedServers
-from app.jobs import CPU_QUEUE_NAME, QUEUE_NAME
+from app.jobs import CPU_QUEUE_NAME, FETCH_QUEUE_NAME, QUEUE_NAME
 from app.settings import Settings, get_settings
 
 WINNOW = [sys.executable, "-P", "-m", "app"]
@@ -314,9 +314,12 @@ class TestWorkersChoice:
     @pytest.mark.parametrize(
         ("options", "queues"),
         [
-            ((), [QUEUE_NAME, CPU_QUEUE_NAME]),
+            ((), [QUEUE_NAME, CPU_QUEUE_NAME, FETCH_QUEUE_NAME]),
             (("--cpu",), [CPU_QUEUE_NAME]),
-            (("--gpu",), [QUEUE_NAME]),
+            (("--gpu",), [QUEUE_NAME, FETCH_QUEUE_NAME]),
+            (("--fetch",), [FETCH_QUEUE_NAME]),
+            (("--gpu", "--offline"), [QUEUE_NAME]),
+            (("--offline",), [QUEUE_NAME, CPU_QUEUE_NAME]),
         ],
     )
     def test_it_is_all_work_unless_it_is_told_otherwise(
@@ -334,9 +337,12 @@ class TestWorkersChoice:
         result = CliRunner().invoke(app, ["worker", *options])
         assert (result.exit_code, taken) == (0, [queues])
 
-    def test_it_cannot_leave_everything(self) -> None:
+    @pytest.mark.parametrize(
+        "options", [("--cpu", "--gpu"), ("--fetch", "--gpu"), ("--fetch", "--offline")]
+    )
+    def test_it_cannot_leave_everything(self, options: tuple[str, ...]) -> None:
         app = Typer()
         register(app)
-        result = CliRunner().invoke(app, ["worker", "--cpu", "--gpu"])
+        result = CliRunner().invoke(app, ["worker", *options])
         assert result.exit_code == 2
-        assert "neither" in result.output
+        assert "none of them" in " ".join(result.output.replace("│", " ").split())

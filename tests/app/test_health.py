@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 from app import health
 from app.catalogue import AGGREGATIONS, ESTIMATORS
 from app.db import make_engine, transaction
-from app.jobs import CPU_QUEUE_NAME, QUEUE_NAME, QUEUES, make_celery
+from app.jobs import CPU_QUEUE_NAME, FETCH_QUEUE_NAME, QUEUE_NAME, QUEUES, make_celery
 from app.main import create_app
 from app.settings import Settings
 from app.work.models import WorkerHeartbeat
@@ -59,18 +59,18 @@ def test_a_worker_that_is_silent_counts_as_gone(
 
 
 @pytest.mark.parametrize(
-    ("queue", "missing"), [(QUEUE_NAME, "rankings"), (CPU_QUEUE_NAME, "audits")]
+    ("queue", "missing"),
+    [(CPU_QUEUE_NAME, "rankings"), (QUEUE_NAME, "audits"), (FETCH_QUEUE_NAME, "what audits begin")],
 )
 def test_all_kinds_of_work_need_a_worker(
     settings: Settings, engine: Engine, celery: Celery, queue: str, missing: str
 ) -> None:
     """A worker may leave rankings, or take nothing else; together they are enough."""
-    worker_seen(engine, queues=(queue,))
+    worker_seen(engine, queues=tuple({*QUEUES} - {queue}))
     status, checks = readiness(settings, engine, celery)
     assert status == 503
     assert f"1 at work, but none that takes {missing}" in checks["worker"]["detail"]
-    (other,) = {*QUEUES} - {queue}
-    worker_seen(engine, "other", queues=(other,))
+    worker_seen(engine, "other", queues=(queue,))
     assert readiness(settings, engine, celery)[0] == 200
 
 

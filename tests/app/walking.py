@@ -29,6 +29,7 @@ WEBHOOK = {"url": "https://example.com/"}
 OPEN = {
     ("GET", "/healthz"): 200,
     ("GET", "/readyz"): 503,
+    ("GET", "/metrics"): 403,
     ("GET", "/sign-in"): 200,
     ("POST", "/sign-in"): 403,  # no page of ours asks
     ("POST", "/sign-out"): 403,

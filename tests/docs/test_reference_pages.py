@@ -93,7 +93,7 @@ def test_the_estimators_are_named() -> None:
 def test_every_call_is_listed() -> None:
     paths = {re.sub(r"\{\w+_id\}", "{id}", path) for path in openapi_document()["paths"]}
     paths = {path.replace(".{file_format}", ".parquet") for path in paths}
-    said = set(re.findall(r"/(?:v1/[\w/{}.]+|healthz|readyz)", text_of("docs/request.md")))
+    said = set(re.findall(r"/(?:v1/[\w/{}.]+|healthz|readyz|metrics)", text_of("docs/request.md")))
     assert paths <= said
 
 

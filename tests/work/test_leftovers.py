@@ -1,8 +1,5 @@
 """What a killed process leaves on disk is gone some time later, and nothing else is."""
 
-import os
-from pathlib import Path
-
 import pytest
 from celery import Celery
 from fastapi.testclient import TestClient
@@ -13,8 +10,9 @@ from app.audits.folders import audit_folder
 from app.audits.models import Ranking
 from app.db import transaction
 from app.settings import Settings
-from app.work.leftovers import note_leftover, remove_leftovers, remove_temporary_files
+from app.work.leftovers import note_leftover, remove_leftovers
 from app.work.models import Leftover
+from app.work.purging import sweep
 from app.work.reconciler import reconcile
 from tests.app.conftest import api, client, new_client
 from tests.factories import CSV_TABLE, long_ago, make_finished_audit, make_ranking
@@ -93,36 +91,5 @@ class TestFoldersOfThings:
         folder = audit_folder(settings.data_dir, "aud_of_another_database")
         folder.mkdir(parents=True)
         remove_leftovers(engine, settings)
-        remove_temporary_files(settings)
+        sweep(engine, settings)
         assert folder.exists()
-
-
-class TestTemporaryFiles:
-    def test_only_those_that_nobody_writes_to_any_more_go(self, settings: Settings) -> None:
-        folder = settings.data_dir / "audits" / "aud_1"
-        staging = settings.data_dir / "cache" / "models" / ".staging-x.partial"
-        busy = settings.data_dir / "cache" / "models" / ".staging-y.partial"
-        for path in (folder, staging, busy):
-            path.mkdir(parents=True)
-        abandoned, fresh, result = (
-            folder / name for name in (".facts.1.partial", ".facts.2.partial", "facts")
-        )
-        inside, written = staging / "weights", busy / "weights"
-        for path in (abandoned, fresh, result, inside, written):
-            path.write_text("")
-        for path in (abandoned, result, inside, staging, busy):
-            grow_old(path)
-        removed = remove_temporary_files(settings)
-        assert set(removed) == {abandoned, staging}
-        assert fresh.exists()
-        assert result.exists()
-        assert written.exists()
-        assert not abandoned.exists()
-        assert not staging.exists()
-
-    def test_it_is_no_matter_when_there_is_nothing(self, settings: Settings) -> None:
-        assert remove_temporary_files(settings) == []
-
-
-def grow_old(path: Path) -> None:
-    os.utime(path, (long_ago().timestamp(), long_ago().timestamp()))

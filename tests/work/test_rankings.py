@@ -18,7 +18,7 @@ from app.audits.models import Audit, Ranking
 from app.audits.service import delete as delete_audit
 from app.db import transaction
 from app.errors import Conflict
-from app.jobs import CPU_QUEUE_NAME, QUEUE_NAME, queue_length, send_units
+from app.jobs import CPU_QUEUE_NAME, FETCH_QUEUE_NAME, queue_length, send_units
 from app.settings import Settings
 from app.work import repository as work
 from app.work.models import Stage, UnitState, WorkUnit
@@ -235,12 +235,12 @@ class TestReconciling:
             statement = select(WorkUnit.id).where(WorkUnit.audit_id == prepare.id)
             audit_unit = session.scalars(statement).one()
         send_units(engine, celery, [unit_of(engine, ranking).id, audit_unit, "wrk_deleted"])
-        assert broker.llen(QUEUE_NAME) == broker.llen(CPU_QUEUE_NAME) == 1
+        assert broker.llen(FETCH_QUEUE_NAME) == broker.llen(CPU_QUEUE_NAME) == 1
         assert unit_of(engine, ranking).id.encode() in _bodies(broker, CPU_QUEUE_NAME)
         assert queue_length(celery, CPU_QUEUE_NAME) == 1
         assert queue_length(celery) == 2
 
-    @pytest.mark.parametrize("lost", [QUEUE_NAME, CPU_QUEUE_NAME])
+    @pytest.mark.parametrize("lost", [FETCH_QUEUE_NAME, CPU_QUEUE_NAME])
     def test_messages_of_one_queue_do_not_hide_those_lost_from_the_other(
         self, engine: Engine, celery: Celery, settings: Settings, ranking: Ranking, lost: str
     ) -> None:
@@ -253,7 +253,7 @@ class TestReconciling:
             session.execute(update(WorkUnit).where(is_ready).values(sent_at=long_ago()))
         (again,) = reconcile(engine, celery, settings)
         assert (again == unit_of(engine, ranking).id) == (lost == CPU_QUEUE_NAME)
-        assert [queue_length(celery, name) for name in (QUEUE_NAME, CPU_QUEUE_NAME)] == [1, 1]
+        assert [queue_length(celery, name) for name in (FETCH_QUEUE_NAME, CPU_QUEUE_NAME)] == [1, 1]
 
 
 def test_an_audit_is_not_deleted_under_a_ranking(

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from app.audits.models import Audit, AuditState, IdempotencyKey
 from app.db import make_engine, transaction
-from app.jobs import QUEUE_NAME, queue_length
+from app.jobs import FETCH_QUEUE_NAME, queue_length
 from app.settings import Settings
 from app.work import repository as work
 from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
@@ -66,7 +66,7 @@ class TestSending:
         reconcile(engine, celery, settings)
         change(engine, sent_at=long_ago())
         assert reconcile(engine, celery, settings) == []
-        assert broker.llen(QUEUE_NAME) == 1
+        assert broker.llen(FETCH_QUEUE_NAME) == 1
 
     def test_work_that_is_held_is_left_alone(
         self, engine: Engine, celery: Celery, settings: Settings

@@ -64,7 +64,7 @@ def aggregate(context: StageContext) -> StageOutput:
     ranking_id = f"rnk_{context.claim.unit_id.partition('_')[2]}"
     files = write_files(ranked, artifacts.results(ranking_id))
     context.hold.keep_alive()  # who lost the lease leaves the files to the heir
-    artifacts.remove_scratch()
+    context.remove_scratch()
 
     def write(session: Session) -> None:
         session.add(own_ranking(context, ranking_id, output.columns["summary"]))

@@ -110,7 +110,7 @@ def conclude(context: StageContext) -> StageOutput:
         "warnings": [*warnings, *_warn_of_classes(context, plan)],
     }
     context.hold.keep_alive()  # who lost the lease leaves the files to the heir
-    artifacts.remove_scratch()
+    context.remove_scratch()
     return StageOutput(summary={"verification": verification})
 
 

@@ -13,7 +13,9 @@ from app.audits.models import Audit, Ranking
 from app.audits.schemas import AuditRequest
 from app.datasets.columns import DatasetLimits
 from app.datasets.storage import cache_folder
+from app.db import transaction
 from app.settings import Settings
+from app.work.keeping import may_tidy
 from app.work.repository import Claim
 from workers.lease import Hold
 from workers.pipeline.artifacts import Artifacts
@@ -66,6 +68,16 @@ class StageContext:
             cache_dir=self.cache_dir / "hub",
             token=token.get_secret_value() if token else None,
         )
+
+    def remove_scratch(self) -> None:
+        """Remove what only the passes over the gradients needed.
+
+        Not while a backup is taken: what it dumped may stand before this stage. Retention takes
+        what is left.
+        """
+        with transaction(self.engine) as session:
+            if may_tidy(session):
+                self.artifacts.remove_scratch()
 
     @property
     def limits(self) -> DatasetLimits:

@@ -49,8 +49,12 @@ class Prepared:
     checkpoint_paths: tuple[Path, ...] = ()
 
     def write(self, path: Path) -> None:
-        """Keep it for the stages that follow."""
-        model = {name: _plain(value) for name, value in asdict(self.model).items()}
+        """Keep it for the stages that follow.
+
+        What lies in the data directory is named from there, so that the directory can be moved.
+        """
+        data_dir = _data_dir(path)
+        model = {name: _plain(value, data_dir) for name, value in asdict(self.model).items()}
         write_json(
             path,
             {
@@ -58,7 +62,7 @@ class Prepared:
                 "model": model,
                 "labels": list(self.labels),
                 "pad_id": self.pad_id,
-                "checkpoint_paths": [str(folder) for folder in self.checkpoint_paths],
+                "checkpoint_paths": [_plain(of, data_dir) for of in self.checkpoint_paths],
             },
         )
 
@@ -66,11 +70,11 @@ class Prepared:
     def read(cls, path: Path) -> Self:
         """Read it back."""
         kept: dict[str, Any] = read_json(path)
-        model = kept["model"]
+        model, data_dir = kept["model"], _data_dir(path)
         adapter, names = model["adapter_path"], model["class_names"]
         model |= {
-            "path": Path(model["path"]),
-            "adapter_path": Path(adapter) if adapter else None,
+            "path": data_dir / model["path"],  # an absolute path stays what it is
+            "adapter_path": data_dir / adapter if adapter else None,
             "class_names": tuple(names) if names is not None else None,
         }
         return cls(
@@ -78,12 +82,18 @@ class Prepared:
             model=ResolvedModel(**model),
             labels=tuple(kept["labels"]),
             pad_id=kept["pad_id"],
-            checkpoint_paths=tuple(Path(folder) for folder in kept["checkpoint_paths"]),
+            checkpoint_paths=tuple(data_dir / folder for folder in kept["checkpoint_paths"]),
         )
 
 
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
+def _data_dir(path: Path) -> Path:
+    return path.parents[3]  # of <data_dir>/audits/<audit id>/prepared/prepared.json
+
+
+def _plain(value: object, data_dir: Path) -> object:
+    if not isinstance(value, Path):
+        return value
+    return str(value.relative_to(data_dir) if value.is_relative_to(data_dir) else value)
 
 
 @dataclass(frozen=True)

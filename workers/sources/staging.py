@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -74,12 +75,25 @@ def stage_folder(
         content = Path(temporary) / "content"
         content.mkdir()
         fill(files, content)
+        for name in links(content):
+            _link_within(content / name, cache_dir=target.parent.parent, target=target)
         write_json(content / LINKS, {name: _fingerprint(files[name]) for name in links(content)})
         try:
             content.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
+
+
+def _link_within(link: Path, *, cache_dir: Path, target: Path) -> None:
+    """Let a link to a file of the cache say the way from the folder's place to come.
+
+    The data directory can then be moved, and restored elsewhere, with all that is in it.
+    """
+    real = link.resolve()
+    if real.is_relative_to(cache_dir.resolve()):
+        link.unlink()
+        link.symlink_to(os.path.relpath(real, target.parent.resolve() / target.name))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""What Prometheus reads at /metrics: the service by its database, this process by its requests."""
