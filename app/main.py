@@ -18,6 +18,7 @@ from app.errors import InvalidRequest, NotAuthenticated, install_error_handlers,
 from app.experiments import routes as experiment_routes
 from app.exports import routes as export_routes
 from app.jobs import Sender, make_celery
+from app.links import describe_links
 from app.live.events import install_end_of_streams
 from app.live.watcher import Watcher
 from app.middleware import BodyLimit, LoopbackOnly, RequestContext
@@ -126,5 +127,6 @@ def create_app(
         api.add_middleware(LoopbackOnly)
     api.add_middleware(RequestContext)
     install_error_handlers(api)
+    describe_links(api)
     install_end_of_streams(api)
     return api

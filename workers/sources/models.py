@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from app.references import FileReference, HubModelReference
+from app.references import HubModelReference, ModelReference, ObjectReference
 from workers.sources.configs import (
     clean_adapter_config,
     clean_model_config,
@@ -37,7 +37,9 @@ from workers.sources.listing import (
     folder_files,
     gguf_of,
     hub_files,
+    object_files,
 )
+from workers.sources.objects import NO_STORE, ObjectStore
 from workers.sources.staging import (
     LINKS,
     digest,
@@ -74,12 +76,13 @@ class ResolvedModel:
 
 
 def resolve_model(
-    reference: FileReference | HubModelReference,
+    reference: ModelReference,
     *,
-    adapter: FileReference | HubModelReference | None,
+    adapter: ModelReference | None,
     task: Task = "classification",
     roots: Sequence[Path],
     hub: Hub,
+    store: ObjectStore = NO_STORE,
     cache_dir: Path,
 ) -> ResolvedModel:
     """Fetch a model and its adapter, check them, and lay them out for `load_model`.
@@ -93,6 +96,7 @@ def resolve_model(
         adapter: the LoRA adapter's, to be put on that model.
         task: what the model will be loaded for.
         hub: where hf:// references are resolved.
+        store: where s3:// references are.
         roots: folders that file:// references may name.
         cache_dir: where the clean folders are kept, beside the hub's cache.
 
@@ -100,7 +104,7 @@ def resolve_model(
         SourceError: what is wrong with which reference, and what to change.
     """
     path, revision = _resolve_part(
-        reference, field="model", roots=roots, hub=hub, cache_dir=cache_dir
+        reference, field="model", roots=roots, hub=hub, store=store, cache_dir=cache_dir
     )
     config = read_json(path / CONFIG, field="model")
     model_type = check_architecture(config.get("model_type"), task)
@@ -114,16 +118,19 @@ def resolve_model(
     )
     if adapter is None:
         return base
-    return resolve_adapter(base, adapter, task=task, roots=roots, hub=hub, cache_dir=cache_dir)
+    return resolve_adapter(
+        base, adapter, task=task, roots=roots, hub=hub, store=store, cache_dir=cache_dir
+    )
 
 
 def resolve_adapter(
     base: ResolvedModel,
-    adapter: FileReference | HubModelReference,
+    adapter: ModelReference,
     *,
     task: Task = "classification",
     roots: Sequence[Path],
     hub: Hub,
+    store: ObjectStore = NO_STORE,
     cache_dir: Path,
 ) -> ResolvedModel:
     """Return a resolved model with another adapter; the base is not looked at again.
@@ -134,13 +141,14 @@ def resolve_adapter(
         task: what the model will be loaded for.
         roots: folders that file:// references may name.
         hub: where hf:// references are resolved.
+        store: where s3:// references are.
         cache_dir: where the clean folders are kept, beside the hub's cache.
 
     Raises:
         SourceError: what is wrong with the adapter, and what to change.
     """
     path, revision = _resolve_part(
-        adapter, field="adapter", roots=roots, hub=hub, cache_dir=cache_dir
+        adapter, field="adapter", roots=roots, hub=hub, store=store, cache_dir=cache_dir
     )
     _check_adapter_task(path, task)
     return replace(base, adapter_path=path, adapter_revision=revision)
@@ -152,11 +160,12 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _resolve_part(
-    reference: FileReference | HubModelReference,
+    reference: ModelReference,
     *,
     field: SourceField,
     roots: Sequence[Path],
     hub: Hub,
+    store: ObjectStore,
     cache_dir: Path,
 ) -> tuple[Path, str]:
     """Return (clean folder, revision)."""
@@ -168,14 +177,17 @@ def _resolve_part(
             files = hub_files(reference, commit=revision, hub=hub, field=field)
             stage_folder(files, target, fill=_filler(files, field=field))
         return target, revision
-    folder, files = folder_files(reference, roots=roots, field=field)
+    if isinstance(reference, ObjectReference):
+        folder, files = object_files(reference, store=store, cache_dir=cache_dir, field=field)
+    else:
+        folder, files = folder_files(reference, roots=roots, field=field)
     gguf = gguf_of(files)
     try:
         before = fingerprints(files)
         revision = digest(files) if gguf is None else file_digest(gguf)
     except OSError as error:
         raise _refusal(
-            f"{reference.path} cannot be read: {error.strerror}", "not_permitted", field
+            f"{reference} cannot be read: {error.strerror}", "not_permitted", field
         ) from error
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     # what is made of a GGUF file links to nothing, so where the file lies does not matter
