@@ -1,13 +1,15 @@
 """A service with something of every kind in it, for requests that nobody thought of."""
 
+import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
 from sqlalchemy import Engine, select
 
-from app.audits.models import Audit, AuditState
-from app.db import transaction
+from app.audits.folders import audit_folder
+from app.audits.models import Audit, AuditState, Ranking, RankingState
+from app.db import new_id, transaction
 from app.jobs import QUEUES
 from app.settings import Settings
 from app.work.models import WorkerHeartbeat
@@ -43,21 +45,34 @@ class Inhabitants:
         self.ids.setdefault(name, []).append(value)
 
 
-def _give_files(engine: Engine, experiment_id: str, finished: dict[str, Any]) -> None:
-    """Let the audits of an experiment that succeeded tell all that an audit tells."""
+def _publish(engine: Engine, settings: Settings, experiment_id: str, like: Audit) -> None:
+    """Give the audits of an experiment that succeeded the results of another one."""
+    own = audit_folder(settings.data_dir, like.id) / Ranking.folder_of(like.summary["ranking_id"])
     with transaction(engine) as session:
         of_experiment = select(Audit).where(Audit.experiment_id == experiment_id)
-        for audit in session.scalars(of_experiment):
-            if audit.summary:
-                made_up = {**finished, **audit.summary}
-                del made_up["verification"]  # tells only what the tables read
-                audit.summary = made_up
+        for audit in session.scalars(of_experiment).all():
+            if not audit.summary:
+                continue
+            ranking = Ranking(
+                id=new_id("rnk"),
+                audit_id=audit.id,
+                tenant=audit.tenant,
+                is_own=True,
+                specification=audit.request["ranking"],
+                flag=audit.request["flag"],
+                state=RankingState.SUCCEEDED,
+                progress=1.0,
+            )
+            ranking.folder = Ranking.folder_of(ranking.id)
+            session.add(ranking)
+            tables = {name: audit.summary[name] for name in ("configurations", "cancellation")}
+            audit.summary = {**like.summary, **tables, "ranking_id": ranking.id}
+            shutil.copytree(own, audit_folder(settings.data_dir, audit.id) / ranking.folder)
 
 
 def populate(engine: Engine, settings: Settings, client: httpx2.Client) -> Inhabitants:
     """Make audits in every state, with rankings, decisions, an experiment, datasets, a webhook."""
     found = Inhabitants()
-    finished: dict[str, Any] = {}
 
     def post(path: str, **request: Any) -> dict[str, Any]:
         answer = client.post(path, **request)
@@ -73,11 +88,11 @@ def populate(engine: Engine, settings: Settings, client: httpx2.Client) -> Inhab
     found.add("dataset_id", dataset["id"])
     for has_labels in (True, False):
         audit = make_finished_audit(engine, settings, has_labels=has_labels)
-        finished = finished | audit.summary
         found.add("audit_id", audit.id)
         found.add("ranking_id", audit.summary["ranking_id"])
         found.add("ranking_id", make_ranking(engine, audit).id)
         if has_labels:
+            labelled = audit
             found.add("ranking_id", make_ranking(engine, audit, settings=settings).id)
             suggest_labels(engine, audit.summary["ranking_id"])
         for action in ("drop", "keep"):
@@ -105,7 +120,7 @@ def populate(engine: Engine, settings: Settings, client: httpx2.Client) -> Inhab
     for states in ((AuditState.SUCCEEDED, AuditState.SUCCEEDED), (AuditState.FAILED, None)):
         experiment = post("/v1/experiments", json=experiment_body())
         finish_experiment(engine, experiment["id"], states)
-        _give_files(engine, experiment["id"], finished)
+        _publish(engine, settings, experiment["id"], like=labelled)
         found.add("experiment_id", experiment["id"])
     for event in ("audit.succeeded", "ranking.failed"):
         hook = {"url": "https://example.com/hook", "events": [event]}

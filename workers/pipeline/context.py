@@ -96,7 +96,9 @@ class StageContext:
     def limits(self) -> DatasetLimits:
         """The largest dataset that is taken."""
         return DatasetLimits(
-            max_rows=self.settings.max_rows, max_text_chars=self.settings.max_text_chars
+            max_rows=self.settings.max_rows,
+            max_bytes=self.settings.max_upload_bytes,
+            max_text_chars=self.settings.max_text_chars,
         )
 
 
