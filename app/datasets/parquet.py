@@ -1,6 +1,6 @@
-"""Read Parquet as batches of the asked columns; its footer and pages are looked at before Arrow.
+"""Read Parquet as batches of the asked columns; its pages are looked at before Arrow reads them.
 
-Arrow allocates what a page says it unfolds to, and walks a schema as deep as a footer says it is.
+Arrow allocates what a page says it unfolds to: a megabyte may hold a page of a gigabyte.
 """
 
 import os
@@ -20,7 +20,6 @@ from app.datasets.tables import (
     FileColumn,
     RawTable,
     check_columns,
-    check_num_columns,
     first_line,
 )
 from app.datasets.thrift import BadThrift, CompactReader
@@ -31,11 +30,10 @@ _MAX_ITEMS_PER_ROW_GROUP = 10_000_000
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 8
 _MAX_FOOTER_BYTES = 32 * 1024**2
-_MAX_SCHEMA_DEPTH = 32
 _MAX_PAGE_BYTES = 128 * 1024**2
 _MAX_PAGES = 1_000_000
 _MAX_PAGE_HEADER_BYTES = 1024**2  # it may hold statistics: the least and the greatest text
-_SCHEMA_FIELD, _CHILDREN_FIELD, _UNCOMPRESSED_FIELD, _COMPRESSED_FIELD = 2, 5, 2, 3
+_UNCOMPRESSED_FIELD, _COMPRESSED_FIELD = 2, 3
 
 
 def open_parquet(path: Path, *, names: dict[ColumnField, str], limits: DatasetLimits) -> RawTable:
@@ -45,7 +43,7 @@ def open_parquet(path: Path, *, names: dict[ColumnField, str], limits: DatasetLi
         DatasetError: it is damaged, unfolds beyond the limits, or has not the columns.
     """
     try:
-        _check_footer(path, limits=limits)
+        _check_footer(path)
         metadata = pq.read_metadata(path)
         schema = metadata.schema.to_arrow_schema()
         _check_pages(path, metadata)
@@ -78,50 +76,19 @@ def open_parquet(path: Path, *, names: dict[ColumnField, str], limits: DatasetLi
     )
 
 
-def _check_footer(path: Path, *, limits: DatasetLimits) -> None:
-    """Raise unless the footer lies in the file and its schema is of a sane size and depth."""
+def _check_footer(path: Path) -> None:
+    """Raise unless the footer lies in the file and is not larger than what it may unfold to."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size < len(_MAGIC) + _TAIL_BYTES:
             raise BadThrift("it is too short")
         file.seek(size - _TAIL_BYTES)
         tail = file.read(_TAIL_BYTES)
-        if tail[4:] != _MAGIC:
-            raise BadThrift("it does not end as one: it is cut off, or encrypted")
-        length = int.from_bytes(tail[:4], "little")
-        if not 0 < length <= min(size - len(_MAGIC) - _TAIL_BYTES, _MAX_FOOTER_BYTES):
-            raise BadThrift(f"its footer has {length:,} bytes")
-        file.seek(size - _TAIL_BYTES - length)
-        reader = CompactReader(file, limit=length)
-        for number, kind in reader.fields():
-            if number == _SCHEMA_FIELD:
-                _check_schema(reader, limits=limits)
-                return
-            reader.skip(kind)
-    raise BadThrift("its footer has no schema")
-
-
-def _check_schema(reader: CompactReader, *, limits: DatasetLimits) -> None:
-    """Raise if a schema has too many elements, or is nested more deeply than tables are."""
-    count, _ = reader.items()
-    # a leaf of a list has two groups above it
-    check_num_columns(count // 4, limits=limits)
-    open_groups: list[int] = []
-    for _ in range(count):
-        num_children = 0
-        for number, kind in reader.fields():
-            if number == _CHILDREN_FIELD:
-                num_children = reader.integer()
-            else:
-                reader.skip(kind)
-        while open_groups and open_groups[-1] == 0:
-            open_groups.pop()
-        if open_groups:
-            open_groups[-1] -= 1
-        if num_children:
-            open_groups.append(num_children)
-        if len(open_groups) > _MAX_SCHEMA_DEPTH:
-            raise BadThrift(f"its columns are nested more than {_MAX_SCHEMA_DEPTH} deep")
+    if tail[4:] != _MAGIC:
+        raise BadThrift("it does not end as one: it is cut off, or encrypted")
+    length = int.from_bytes(tail[:4], "little")
+    if length > min(size - len(_MAGIC) - _TAIL_BYTES, _MAX_FOOTER_BYTES):
+        raise BadThrift(f"its footer has {length:,} bytes")
 
 
 def _check_pages(path: Path, metadata: pq.FileMetaData) -> None:

@@ -1,7 +1,7 @@
 """Thrift's compact protocol, as far as the headers of Parquet need it, and never beyond a limit.
 
-Arrow believes what a file says of its own sizes and nesting; this reads the same bytes and believes
-nothing (apache/thrift, doc/specs/thrift-compact-protocol.md).
+Arrow believes what a file says of its own sizes; this reads the same bytes and believes nothing
+(apache/thrift, doc/specs/thrift-compact-protocol.md).
 """
 
 from collections.abc import Iterator

@@ -102,31 +102,17 @@ def page_bomb(num_bytes: int) -> bytes:
         f9=(I64, integer(len(MAGIC))),
     )
     chunk = structure(f2=(I64, integer(len(MAGIC))), f3=(STRUCT, told))
-    group = structure(
-        f1=(LIST, items(STRUCT, chunk)), f2=(I64, integer(100)), f3=(I64, integer(1))
-    )
+    group = structure(f1=(LIST, items(STRUCT, chunk)), f2=(I64, integer(100)), f3=(I64, integer(1)))
     schema = items(STRUCT, element("schema", children=1), element("text"))
     return with_footer(body, footer(schema, num_rows=1, groups=(group,)))
 
 
 def unfolding(path: Path, *, num_rows: int, num_chars: int) -> None:
     """Write rows of one long text, which the file holds once."""
-    table = pa.table({"text": pa.array(["x" * num_chars]), "label": pa.array(["a"])})
-    schema = pa.schema([("text", pa.string()), ("label", pa.string())])
-    with pq.ParquetWriter(path, schema, use_dictionary=True, compression="zstd") as writer:
-        repeated = pa.table(
-            {
-                name: pa.DictionaryArray.from_arrays(
-                    pa.array([0] * num_rows, pa.int32()), table[name].chunk(0)
-                )
-                for name in table.column_names
-            }
-        )
-        writer.write_table(
-            pa.Table.from_arrays(
-                [column.chunk(0) for column in repeated.columns],
-                schema=pa.schema([(n, pa.dictionary(pa.int32(), pa.string())) for n in schema.names]),
-            ).cast(schema)
-            if False
-            else repeated.cast(schema)
-        )
+
+    def column(*values: str) -> pa.DictionaryArray:
+        indices = [row % len(values) for row in range(num_rows)]
+        return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), pa.array(values))
+
+    rows = pa.table({"text": column("x" * num_chars), "label": column("a", "b")})
+    pq.write_table(rows, path, compression="zstd")

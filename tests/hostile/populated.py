@@ -47,8 +47,9 @@ class Inhabitants:
 
 def _publish(engine: Engine, settings: Settings, experiment_id: str, like: Audit) -> None:
     """Give the audits of an experiment that succeeded the results of another one."""
-    own = audit_folder(settings.data_dir, like.id) / Ranking.folder_of(like.summary["ranking_id"])
     with transaction(engine) as session:
+        own = session.get_one(Ranking, like.summary["ranking_id"])
+        folder = audit_folder(settings.data_dir, like.id) / own.folder
         of_experiment = select(Audit).where(Audit.experiment_id == experiment_id)
         for audit in session.scalars(of_experiment).all():
             if not audit.summary:
@@ -62,12 +63,13 @@ def _publish(engine: Engine, settings: Settings, experiment_id: str, like: Audit
                 flag=audit.request["flag"],
                 state=RankingState.SUCCEEDED,
                 progress=1.0,
+                summary=own.summary,
             )
             ranking.folder = Ranking.folder_of(ranking.id)
             session.add(ranking)
             tables = {name: audit.summary[name] for name in ("configurations", "cancellation")}
             audit.summary = {**like.summary, **tables, "ranking_id": ranking.id}
-            shutil.copytree(own, audit_folder(settings.data_dir, audit.id) / ranking.folder)
+            shutil.copytree(folder, audit_folder(settings.data_dir, audit.id) / ranking.folder)
 
 
 def populate(engine: Engine, settings: Settings, client: httpx2.Client) -> Inhabitants:
