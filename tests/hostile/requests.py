@@ -2,19 +2,25 @@
 
 In the long size, by itself:
 
-    .venv/bin/python -m tests.hostile.requests --requests 10000
+    .venv/bin/python -m tests.hostile.requests
 """
 
+import argparse
+import logging
 import random
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import schemathesis
-from pydantic import ValidationError
+import structlog
+from pydantic import SecretStr, ValidationError
 from schemathesis import GenerationMode
 from schemathesis.config import (
     ChecksConfig,
@@ -33,10 +39,13 @@ from schemathesis.engine import events, from_schema
 from schemathesis.hooks import unregister
 from sqlalchemy import Engine
 
+from app.db import make_engine
+from app.embedded import embedded_postgres, embedded_valkey
 from app.errors import PROBLEM_MEDIA_TYPE, ProblemDocument
 from app.jobs import make_celery
 from app.keys.service import create_key
 from app.main import create_app
+from app.migrate import migrate
 from app.settings import Settings
 from tests.client.conftest import serving
 from tests.hostile.populated import Inhabitants, populate
@@ -207,3 +216,30 @@ def ask_service(
         findings = ask(url, key, found=found, max_examples=max_examples, coverage=coverage)
     celery.close()
     return findings
+
+
+def main() -> None:
+    """Make requests up in the long size, on servers of this process's own, and print findings."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--examples", type=int, default=130, help="per operation")
+    arguments = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with embedded_postgres(folder) as database_url, embedded_valkey() as broker_url:
+            settings = Settings(
+                database_url=SecretStr(database_url),
+                broker_url=SecretStr(broker_url),
+                data_dir=folder / "data",
+            )
+            settings.data_dir.mkdir()
+            engine = make_engine(settings.require_database_url())
+            migrate(engine)
+            findings = ask_service(engine, settings, max_examples=arguments.examples, coverage=True)
+            engine.dispose()
+    print(findings)  # noqa: T201  the report
+    sys.exit(bool(findings.failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -80,7 +80,8 @@ def hub_files(
         file.path for file in hub.files(reference, commit=commit, recursive=False, field=field)
     ]
     paths = _choose(names, source=str(reference), field=field)
-    return hub.download(reference, commit=commit, paths=paths, field=field)
+    found = hub.download(reference, commit=commit, paths=paths, field=field)
+    return {name: path.resolve() for name, path in found.items()}
 
 
 def object_files(
@@ -107,6 +108,7 @@ def object_files(
             except OSError:  # another process was first
                 if not folder.is_dir():
                     raise
+    folder = folder.resolve()
     return folder, {file.name: folder / file.name for file in chosen}
 
 

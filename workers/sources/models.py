@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from app.references import HubModelReference, ModelReference, ObjectReference
 from workers.sources.configs import (
+    MAX_CONFIG_BYTES,
     clean_adapter_config,
     clean_model_config,
     clean_tokenizer_config,
@@ -42,6 +43,7 @@ from workers.sources.listing import (
 from workers.sources.objects import NO_STORE, ObjectStore
 from workers.sources.staging import (
     LINKS,
+    copy_file,
     digest,
     fingerprints,
     links,
@@ -51,6 +53,7 @@ from workers.sources.staging import (
 
 _TOKENIZERS = ({"tokenizer.json"}, {"vocab.txt"}, {"vocab.json", "merges.txt"})
 _MAX_TEMPLATE_BYTES = 1024**2
+_MAX_TOKENIZER_BYTES = 64 * 1024**2  # the largest known is about half as large
 _ADAPTER_TASKS: dict[Task, str] = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
 
@@ -210,38 +213,39 @@ def _filler(
 
 
 def _stage_model(files: dict[str, Path], target: Path) -> None:
-    config = clean_model_config(read_json(files[CONFIG], field="model"))
     if not any(tokenizer <= files.keys() for tokenizer in _TOKENIZERS):
         raise _refusal(
             "the tokenizer is incomplete: vocab.json needs merges.txt", "missing_file", "model"
         )
-    write_json(target / CONFIG, config)
+    # What is small is copied, so that its owner can exchange it as little as its check; weights are
+    # linked, and watched.
+    for name in (CONFIG, TOKENIZER_CONFIG, WEIGHTS_INDEX, CHAT_TEMPLATE, *TOKENIZER_DATA):
+        if name in files:
+            limit = MAX_CONFIG_BYTES if name not in TOKENIZER_DATA else _MAX_TOKENIZER_BYTES
+            limit = _MAX_TEMPLATE_BYTES if name == CHAT_TEMPLATE else limit
+            copy_file(files[name], target / name, max_bytes=limit, field="model")
+    write_json(target / CONFIG, clean_model_config(read_json(target / CONFIG, field="model")))
     if TOKENIZER_CONFIG in files:
-        tokenizer_config = read_json(files[TOKENIZER_CONFIG], field="model")
+        tokenizer_config = read_json(target / TOKENIZER_CONFIG, field="model")
         write_json(target / TOKENIZER_CONFIG, clean_tokenizer_config(tokenizer_config))
     if WEIGHTS in files:
         weights = [WEIGHTS]
+        (target / WEIGHTS_INDEX).unlink(missing_ok=True)
     else:
-        index = read_json(files[WEIGHTS_INDEX], field="model")
-        weights = _shards(index, files=files)
-        write_json(target / WEIGHTS_INDEX, index)
+        weights = _shards(read_json(target / WEIGHTS_INDEX, field="model"), files=files)
     for name in weights:
         check_safetensors(files[name], field="model")
-    if CHAT_TEMPLATE in files and files[CHAT_TEMPLATE].stat().st_size > _MAX_TEMPLATE_BYTES:
-        raise _refusal(
-            f"{CHAT_TEMPLATE} has more than {_MAX_TEMPLATE_BYTES:,} bytes",
-            "unreadable_file",
-            "model",
-        )
-    for name in (*weights, *(name for name in (*TOKENIZER_DATA, CHAT_TEMPLATE) if name in files)):
-        (target / name).symlink_to(files[name].resolve())
+        (target / name).symlink_to(files[name])
 
 
 def _stage_adapter(files: dict[str, Path], target: Path) -> None:
-    config = clean_adapter_config(read_json(files[ADAPTER_CONFIG], field="adapter"))
+    copy_file(
+        files[ADAPTER_CONFIG], target / ADAPTER_CONFIG, max_bytes=MAX_CONFIG_BYTES, field="adapter"
+    )
+    config = clean_adapter_config(read_json(target / ADAPTER_CONFIG, field="adapter"))
     check_safetensors(files[ADAPTER_WEIGHTS], field="adapter")
     write_json(target / ADAPTER_CONFIG, config)
-    (target / ADAPTER_WEIGHTS).symlink_to(files[ADAPTER_WEIGHTS].resolve())
+    (target / ADAPTER_WEIGHTS).symlink_to(files[ADAPTER_WEIGHTS])
 
 
 def _check_adapter_task(path: Path, task: Task) -> None:
