@@ -15,9 +15,12 @@ from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match
+from starlette_problem.handler import http_exception_handler_
 
 PROBLEM_TYPE = "urn:winnow:problem:{type}"
 PROBLEM_MEDIA_TYPE = "application/problem+json"
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -235,6 +238,19 @@ def _validation_problem(
     return InvalidRequest(first + more, errors=errors)
 
 
+def _http_problem(handler: ExceptionHandler, request: Request, error: HTTPException) -> Problem:
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        # Starlette names the methods of the first route alone that has the path
+        allowed = (
+            method
+            for method in _METHODS
+            for scope in ({**request.scope, "method": method},)
+            if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+        )
+        error.headers = {**(error.headers or {}), "Allow": ", ".join(allowed)}
+    return http_exception_handler_(handler, request, error)
+
+
 def _database_problem(_handler: ExceptionHandler, _request: Request, _error: Exception) -> Problem:
     return NotReady(
         "The database cannot be reached. Nothing was stored; try again in a few seconds.",
@@ -311,6 +327,7 @@ def install_error_handlers(app: FastAPI) -> None:
     }
     handler = new_exception_handler(
         handlers=handlers,
+        http_exception_handler=_http_problem,
         request_validation_handler=_validation_problem,
         documentation_uri_template=PROBLEM_TYPE,
     )
@@ -338,6 +355,33 @@ def _describe_problems(app: FastAPI) -> None:
         problem = ProblemDocument.model_json_schema(ref_template=reference)
         schemas.update(problem.pop("$defs"))
         schemas["Problem"] = problem
+        _describe_bodies(document)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend it
+
+
+def _describe_bodies(document: dict[str, Any]) -> None:
+    """Say of every call with a body that the body may be unreadable or too large."""
+    refusals = problem_responses(_UnreadableBody, _TooLargeBody)
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            if "requestBody" in operation:
+                for status, response in refusals.items():
+                    operation["responses"].setdefault(str(status), response)
+
+
+class _UnreadableBody(AppError):
+    """As FastAPI's own HTTPException leaves here."""
+
+    type_ = "http-bad-request"
+    title = "Bad request"
+    status = HTTPStatus.BAD_REQUEST
+
+
+class _TooLargeBody(AppError):
+    """As `BodyTooLarge` leaves here."""
+
+    type_ = "http-request-entity-too-large"
+    title = "Request entity too large"
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE

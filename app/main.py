@@ -30,6 +30,7 @@ from app.jobs import Sender, make_celery
 from app.keys.described import describe_scopes
 from app.limits.rates import Rates
 from app.limits.uploads import UploadSlots
+from app.links import describe_links
 from app.live.events import install_end_of_streams
 from app.live.watcher import Watcher
 from app.metrics import routes as metrics_routes
@@ -154,5 +155,6 @@ def create_app(
     api.add_middleware(RequestMetrics, counts=api.state.metrics.requests)
     install_error_handlers(api)
     describe_scopes(api)
+    describe_links(api)
     install_end_of_streams(api)
     return api

@@ -4,14 +4,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote, urlencode
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 MAX_REFERENCE_CHARS = 1024
 DEFAULT_REVISION = "main"
 DEFAULT_SPLIT = "train"
-MODEL_FORMS = "file:///absolute/folder or hf://owner/name@revision"
+MODEL_FORMS = "file:///absolute/folder, hf://owner/name@revision or s3://bucket/folder"
 DATASET_FORMS = (
-    "upload:ds_…, file:///absolute/file or hf://datasets/owner/name@revision?config=…&split=…"
+    "upload:ds_…, file:///absolute/file, hf://datasets/owner/name@revision?config=…&split=…, "
+    "https://host/file or s3://bucket/file"
 )
 
 _UPLOAD = re.compile(r"ds_[0-9A-Za-z_-]{1,64}")
@@ -20,6 +21,13 @@ _REPOSITORY_PART = re.compile(r"(?!.*(?:--|\.\.))[0-9A-Za-z_](?:[0-9A-Za-z._-]{0
 _REVISION = re.compile(r"(?!.*(?://|\.\.))[0-9A-Za-z_](?:[0-9A-Za-z._/-]{0,126}[0-9A-Za-z_-])?")
 _CONFIG = re.compile(r"(?!.*\.\.)[0-9A-Za-z_](?:[0-9A-Za-z ._+-]{0,126}[0-9A-Za-z_+-])?")
 _SPLIT = re.compile(r"\w{1,64}(?:\.\w{1,64}){0,3}", re.ASCII)
+# A name or a number; what it may stand for is looked at when it is called.
+_HOST = re.compile(
+    r"(?!.*\.\.)[0-9A-Za-z](?:[0-9A-Za-z._-]{0,252}[0-9A-Za-z.])?|\[[0-9A-Fa-f:.]{2,45}\]"
+)
+_BUCKET = re.compile(r"(?!.*(?:\.\.|\.-|-\.))(?![0-9.]+$)[0-9a-z][0-9a-z.-]{1,61}[0-9a-z]")
+_SMALLEST_PORT = 1024
+_HTTPS_PORT = 443
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
@@ -73,9 +81,54 @@ class HubDatasetReference:
         return f"hf://datasets/{self.repo}@{self.revision}?{query}"
 
 
-ModelReference = FileReference | HubModelReference
-DatasetReference = UploadReference | FileReference | HubDatasetReference
-Reference = UploadReference | FileReference | HubModelReference | HubDatasetReference
+@dataclass(frozen=True, slots=True)
+class WebReference:
+    """A file behind an https:// address; it may hold a signature that gives access."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def host(self) -> str:
+        """The name or number, without brackets."""
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def name(self) -> str:
+        """What the file is called: the last part of the path."""
+        return unquote(urlsplit(self.url).path.rpartition("/")[2])
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectReference:
+    """An object of an S3 store, or all objects of a folder; the operator says which store."""
+
+    bucket: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{quote(self.key)}"
+
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.key.rpartition("/")[2]
+
+
+ModelReference = FileReference | HubModelReference | ObjectReference
+DatasetReference = (
+    UploadReference | FileReference | HubDatasetReference | WebReference | ObjectReference
+)
+Reference = (
+    UploadReference
+    | FileReference
+    | HubModelReference
+    | HubDatasetReference
+    | WebReference
+    | ObjectReference
+)
 
 
 def parse_reference(text: str) -> Reference:
@@ -98,6 +151,10 @@ def parse_reference(text: str) -> Reference:
         return _parse_hub_dataset(text)
     if text.startswith("hf://"):
         return _parse_hub_model(text)
+    if text.startswith("https://"):
+        return _parse_web(text)
+    if text.startswith("s3://"):
+        return _parse_object(text)
     raise InvalidReference(
         f"{text!r} is not a reference: use {MODEL_FORMS} for a model, {DATASET_FORMS} for a dataset"
     )
@@ -110,7 +167,7 @@ def parse_model_reference(text: str) -> ModelReference:
         InvalidReference: it has no accepted form, or names a dataset.
     """
     reference = parse_reference(text)
-    if isinstance(reference, FileReference | HubModelReference):
+    if isinstance(reference, FileReference | HubModelReference | ObjectReference):
         return reference
     raise InvalidReference(f"{text!r} names a dataset where a model is expected: use {MODEL_FORMS}")
 
@@ -122,11 +179,11 @@ def parse_dataset_reference(text: str) -> DatasetReference:
         InvalidReference: it has no accepted form, or names a model.
     """
     reference = parse_reference(text)
-    if isinstance(reference, UploadReference | FileReference | HubDatasetReference):
-        return reference
-    raise InvalidReference(
-        f"{text!r} names a model where a dataset is expected: use {DATASET_FORMS}"
-    )
+    if isinstance(reference, HubModelReference):
+        raise InvalidReference(
+            f"{text!r} names a model where a dataset is expected: use {DATASET_FORMS}"
+        )
+    return reference
 
 
 def resolve_file(path: Path, roots: Sequence[Path]) -> Path:
@@ -232,6 +289,72 @@ def _parse_repository(body: str, *, text: str, form: str) -> tuple[str, str]:
             f"'@revision' out for {DEFAULT_REVISION}"
         )
     return repo, revision
+
+
+def check_object(reference: ObjectReference, roots: Sequence[str]) -> None:
+    """Raise unless an object lies under one of the allowed roots, bucket or bucket/folder.
+
+    Raises:
+        InvalidReference: there are no roots, or it lies outside of them.
+    """
+    if not roots:
+        raise InvalidReference(
+            f"{reference}: this server reads no object store; its operator allows buckets with "
+            "WINNOW_S3_ROOTS"
+        )
+    where = f"{reference.bucket}/{reference.key}/"
+    if not any(where.startswith(f"{root}/") for root in roots):
+        raise InvalidReference(
+            f"{reference}: it lies outside the buckets and folders that this server may read "
+            "(WINNOW_S3_ROOTS)"
+        )
+
+
+def _parse_web(text: str) -> WebReference:
+    rest = text.removeprefix("https://")
+    authority, slash, _ = rest.partition("/")
+    if not text.isascii() or any(letter in text for letter in ' \\"<>^`{|}'):
+        raise InvalidReference(f"{text!r} holds a character that must be percent-encoded")
+    if "#" in text:
+        raise InvalidReference(f"{text!r} has a fragment, which is never sent; leave it out")
+    if "@" in authority:
+        raise InvalidReference(f"{text!r} carries a user or a password; leave them out")
+    host, colon, digits = authority.rpartition(":")
+    if not colon or authority.endswith("]"):
+        host, digits = authority, str(_HTTPS_PORT)
+    if not _HOST.fullmatch(host):
+        raise InvalidReference(f"{text!r} names no host: use https://host/file")
+    is_port = digits.isdecimal() and len(digits) <= len("65535")
+    port = int(digits) if is_port else 0
+    if port != _HTTPS_PORT and not _SMALLEST_PORT <= port <= 65535:  # noqa: PLR2004
+        raise InvalidReference(f"{text!r}: port {digits} is not called: use 443, or 1024 and up")
+    try:
+        path = urlsplit(text).path
+    except ValueError as error:  # brackets that hold no number
+        raise InvalidReference(f"{text!r} names no host: use https://host/file") from error
+    if not slash or path.endswith("/"):
+        raise InvalidReference(f"{text!r} names no file: use https://host/file")
+    _percent_decoded(path, text=text)
+    return WebReference(text)
+
+
+def _parse_object(text: str) -> ObjectReference:
+    bucket, slash, raw = text.removeprefix("s3://").partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise InvalidReference(
+            f"{text!r} does not name a bucket: 3 to 63 lower-case letters, digits, '-' and '.'"
+        )
+    if "?" in raw or "#" in raw:
+        raise InvalidReference(
+            f"{text!r}: write '?' and '#' in a key as %3F and %23; an object takes no options"
+        )
+    key = _percent_decoded(raw, text=text).removesuffix("/")
+    if not slash or any(part in {"", ".", ".."} for part in key.split("/")):
+        raise InvalidReference(
+            f"{text!r}: the key may not be empty, nor hold '//', '/./' or '/../': use "
+            "s3://bucket/folder/file"
+        )
+    return ObjectReference(bucket, key)
 
 
 def _parse_options(query: str, *, text: str) -> dict[str, str]:

@@ -40,6 +40,34 @@ class Settings(BaseSettings):
     )
     hub_token: SecretStr | None = Field(None, description="Token for private hub repositories.")
 
+    https_datasets: bool = Field(
+        True, description="Take https:// references to datasets: from public addresses only."
+    )
+    fetch_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
+        (),
+        description="Networks that https:// references and a hub's redirects may lead to although "
+        "they are not public, separated by ','.",
+    )
+    fetch_ca_file: Path | None = Field(
+        None,
+        description="Certificates (PEM) that servers of https:// references are checked against, "
+        "in place of the public ones.",
+    )
+    s3_roots: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Buckets that s3:// references may name, or folders in them, as bucket or "
+        "bucket/folder, separated by ','.",
+    )
+    s3_endpoint: AnyHttpUrl | None = Field(
+        None, description="The object store that s3:// means; Amazon's when unset."
+    )
+    s3_region: str | None = Field(None, description="The region of its buckets.")
+    s3_access_key: SecretStr | None = Field(
+        None,
+        description="Who the workers are to the store; when unset, what boto3 finds (a role).",
+    )
+    s3_secret_key: SecretStr | None = Field(None, description="The access key's secret.")
+
     max_upload_bytes: int = Field(2 * 1024**3, gt=0, description="Largest dataset upload.")
     max_body_bytes: int = Field(1024**2, gt=0, description="Largest JSON body.")
     max_rows: int = Field(2_000_000, gt=0, description="Most rows in one dataset.")
@@ -160,12 +188,17 @@ class Settings(BaseSettings):
             return tuple(Path(part) for part in value.split(os.pathsep) if part)
         return value
 
-    @field_validator("webhook_networks", mode="before")
+    @field_validator("webhook_networks", "fetch_networks", "s3_roots", mode="before")
     @classmethod
-    def _split_networks(cls, value: object) -> object:
+    def _split_list(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("s3_roots", mode="after")
+    @classmethod
+    def _plain_roots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(root.removeprefix("s3://").rstrip("/") for root in value)
 
     @field_validator("data_dir", mode="after")
     @classmethod

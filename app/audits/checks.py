@@ -18,10 +18,15 @@ from app.datasets.readers import open_table, read_header
 from app.datasets.repository import find_dataset
 from app.datasets.service import HEAD_BYTES, dataset_limits
 from app.errors import InvalidRequest
+from app.outbound import may_be_called, outbound_policy
 from app.references import (
+    DatasetReference,
     FileReference,
     InvalidReference,
+    ObjectReference,
     UploadReference,
+    WebReference,
+    check_object,
     parse_dataset_reference,
     parse_model_reference,
     resolve_file,
@@ -145,6 +150,8 @@ def missing_upload(pointer: str, dataset_id: str) -> InvalidRequest:
 def _check_model(settings: Settings, text: str, pointer: str, config: str) -> None:
     try:
         reference = parse_model_reference(text)
+        if isinstance(reference, ObjectReference):
+            check_object(reference, settings.s3_roots)
         if not isinstance(reference, FileReference):
             return
         folder = resolve_file(reference.path, settings.file_roots)
@@ -194,6 +201,7 @@ def _columns_of(
         reference = parse_dataset_reference(source.reference)
         if isinstance(reference, UploadReference):
             return _upload_columns(session, tenant, reference.id, source, pointer)
+        _check_place(settings, reference)
         columns = source.columns or default_columns(task)
         if isinstance(reference, FileReference):
             path = resolve_file(reference.path, settings.file_roots)
@@ -214,6 +222,27 @@ def _columns_of(
     except InvalidReference as error:
         raise InvalidRequest.at(f"{pointer}/reference", f"{error}.") from error
     return columns
+
+
+def _check_place(settings: Settings, reference: DatasetReference) -> None:
+    """Check where a dataset is fetched from; names are looked up, and checked, by the worker.
+
+    Raises:
+        InvalidReference: this server does not call there.
+    """
+    if isinstance(reference, ObjectReference):
+        check_object(reference, settings.s3_roots)
+    elif isinstance(reference, WebReference):
+        if not settings.https_datasets:
+            raise InvalidReference(
+                f"{reference}: this server fetches nothing from https:// addresses; its operator "
+                "allows them with WINNOW_HTTPS_DATASETS"
+            )
+        if not may_be_called(outbound_policy(settings.fetch_networks), reference.host):
+            raise InvalidReference(
+                f"{reference}: this is not a public address, and only those are called; an "
+                "operator can allow networks by WINNOW_FETCH_NETWORKS"
+            )
 
 
 def _upload_columns(

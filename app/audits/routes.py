@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, BackgroundTasks, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, BeforeValidator
 from sqlalchemy.orm import Session
 
 from app.audits import answers, repository, service
@@ -52,6 +52,16 @@ from app.settings import Settings
 
 router = APIRouter(prefix="/v1/audits", tags=["audits"])
 results_router = APIRouter(prefix="/v1/audits", tags=["results"])
+
+
+def _no_number(value: object) -> object:
+    """Refuse seconds since 1970, which pydantic would take and nobody means."""
+    if isinstance(value, str) and "-" not in value.removeprefix("-"):
+        raise ValueError("write the time as 2026-11-28T08:00:00Z")
+    return value
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_no_number)]
 
 
 @router.post(
@@ -106,8 +116,8 @@ def list_audits(
     state: AuditState | None = None,
     model: Annotated[Reference | None, Query(description="The model's reference.")] = None,
     dataset: Annotated[Reference | None, Query(description="The training set's.")] = None,
-    created_after: Annotated[AwareDatetime | None, Query(description="From this time on.")] = None,
-    created_before: Annotated[AwareDatetime | None, Query(description="Before this time.")] = None,
+    created_after: Annotated[Moment | None, Query(description="From this time on.")] = None,
+    created_before: Annotated[Moment | None, Query(description="Before this time.")] = None,
     limit: Limit = 100,
     cursor: Cursor = None,
 ) -> Page[answers.Audit]:

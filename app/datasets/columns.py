@@ -30,6 +30,7 @@ DatasetErrorCode = Literal[
     "malformed_row",
     "no_rows",
     "too_many_rows",
+    "too_large",
     "too_few_labels",
     "too_many_labels",
 ]
@@ -158,6 +159,9 @@ class DatasetLimits(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     max_rows: int = Field(2_000_000, gt=0)
+    max_bytes: int = Field(
+        2 * 1024**3, gt=0, description="Bytes of all texts together, as they are when unfolded."
+    )
     max_text_chars: int = Field(
         100_000, gt=0, description="Characters of one text, or of all messages of a chat."
     )

@@ -28,7 +28,8 @@ from app.datasets.columns import (
     normalise_text,
 )
 from app.datasets.messages import normalise_messages, read_messages
-from app.datasets.readers import FileColumn, FileFormat, RawTable, open_table
+from app.datasets.readers import open_table
+from app.datasets.tables import FileColumn, FileFormat, RawTable
 
 __all__ = [
     "ColumnNames",
@@ -197,7 +198,7 @@ def _normalised_batches(
     table: RawTable, *, columns: ColumnNames, limits: DatasetLimits
 ) -> Iterator[pa.RecordBatch]:
     names = columns.by_field()
-    num_rows = 0
+    num_rows = num_bytes = 0
     for raw in table.batches:
         if num_rows + raw.num_rows > limits.max_rows:
             raise DatasetError(
@@ -208,7 +209,15 @@ def _normalised_batches(
             field: Column(raw.column(name), name=name, field=field, first_row=num_rows + 1)
             for field, name in names.items()
         }
-        yield pa.record_batch(_normalised(column, kind=columns.kind, limits=limits))
+        batch = pa.record_batch(_normalised(column, kind=columns.kind, limits=limits))
+        num_bytes += batch["text"].nbytes + batch["text_pair"].nbytes
+        if num_bytes > limits.max_bytes:
+            raise DatasetError(
+                f"row {num_rows + raw.num_rows:,}: the texts up to here have more than "
+                f"{limits.max_bytes:,} bytes, the most this server takes",
+                code="too_large",
+            )
+        yield batch
         num_rows += raw.num_rows
 
 

@@ -2,34 +2,34 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
 from app.datasets.columns import (
     ColumnField,
     ColumnNames,
     DatasetError,
     DatasetLimits,
-    is_string,
 )
-from app.datasets.messages import as_json, is_messages
+from app.datasets.messages import as_json
+from app.datasets.parquet import open_parquet
+from app.datasets.tables import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    FileColumn,
+    FileFormat,
+    RawTable,
+    check_columns,
+    check_num_columns,
+)
 
-FileFormat = Literal["parquet", "jsonl", "csv"]
-
-_BATCH_ROWS = 1024
-_BUFFER_BYTES = 1024**2
-_MAX_NAMES_IN_MESSAGE = 20
 _NUM_SAMPLE_ROWS = 100
-# A page of repetition levels packs millions of list items into a few bytes.
-_MAX_ITEMS_PER_ROW_GROUP = 10_000_000
+Row = TypeVar("Row")
 # Without sign or leading zeros that a class name would lose by becoming a number.
 _CANONICAL_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}", re.ASCII)
 
@@ -44,23 +44,6 @@ _JSON_TYPES: dict[ColumnField, set[str]] = {
     "messages": {"array", "string", "null"},
     "noise": {"boolean", "number", "string", "null"},
 }
-
-
-class FileColumn(BaseModel):
-    """A column as the file has it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    type: str
-
-
-@dataclass(frozen=True, slots=True)
-class RawTable:
-    """A file that was opened: all its columns, and batches of those that were asked for."""
-
-    columns: tuple[FileColumn, ...]
-    batches: Iterator[pa.RecordBatch]
 
 
 def open_table(
@@ -94,92 +77,21 @@ def read_header(
     return _OPENERS[format](path, names={}, limits=limits).columns
 
 
-def _open_parquet(path: Path, *, names: dict[ColumnField, str], limits: DatasetLimits) -> RawTable:
-    try:
-        metadata = pq.read_metadata(path)
-        schema = metadata.schema.to_arrow_schema()
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(
-            f"the file is not a readable Parquet file: {_first_line(error)}", code="unreadable_file"
-        ) from error
-    _check_columns(schema.names, names=names, limits=limits)
-    if metadata.num_rows > limits.max_rows:
-        raise DatasetError(
-            f"the file has {metadata.num_rows:,} rows; this server takes at most "
-            f"{limits.max_rows:,}",
-            code="too_many_rows",
-        )
-    wanted: dict[str, bool] = {}  # the columns that are read, and whether they hold strings
-    for field, name in names.items():
-        kind = schema.field(name).type
-        if field == "messages" and is_messages(kind):
-            wanted |= dict.fromkeys(_message_leaves(metadata, name), True)
-        elif pa.types.is_nested(kind):
-            plain = "messages with role and content" if field == "messages" else "plain ones"
-            raise DatasetError(
-                f"column {name!r} holds {kind} values, not {plain}", code="wrong_type", field=field
-            )
-        else:
-            wanted[name] = is_string(kind)
-    return RawTable(
-        columns=tuple(FileColumn(name=item.name, type=str(item.type)) for item in schema),
-        batches=_parquet_batches(path, wanted=wanted),
-    )
-
-
-def _message_leaves(metadata: pq.FileMetaData, name: str) -> list[str]:
-    """Return the paths of role and content in a column of messages.
-
-    Raises:
-        DatasetError: a row group has more messages than fit into memory.
-    """
-    leaves = []
-    for index in range(metadata.num_columns):
-        path: str = metadata.schema.column(index).path
-        if not path.startswith(f"{name}.") or path.rpartition(".")[2] not in {"role", "content"}:
-            continue
-        leaves.append(path)
-        for number in range(metadata.num_row_groups):
-            num_items = metadata.row_group(number).column(index).num_values
-            if num_items > _MAX_ITEMS_PER_ROW_GROUP:
-                raise DatasetError(
-                    f"column {name!r} has {num_items:,} messages in a row group; write row groups "
-                    f"of at most {_MAX_ITEMS_PER_ROW_GROUP:,}",
-                    code="text_too_long",
-                    field="messages",
-                )
-    return leaves
-
-
-def _parquet_batches(path: Path, *, wanted: dict[str, bool]) -> Iterator[pa.RecordBatch]:
-    try:
-        file = pq.ParquetFile(
-            path,
-            # Dictionary-encoded, so that the sizes of texts can be looked at before they unfold.
-            read_dictionary=[name for name, is_text in wanted.items() if is_text],
-            buffer_size=_BUFFER_BYTES,  # else a row group's columns are read at once
-        )
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(wanted)):
-            if batch.num_rows:
-                yield batch
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(
-            f"the Parquet file is damaged: {_first_line(error)}", code="unreadable_file"
-        ) from error
-
-
 def _open_jsonl(path: Path, *, names: dict[ColumnField, str], limits: DatasetLimits) -> RawTable:
-    sample = list(islice(_json_rows(path, limits=limits), _NUM_SAMPLE_ROWS))
-    seen = {name: _json_type(value) for row in reversed(sample) for name, value in row.items()}
-    if sample:
-        _check_columns(list(seen), names=names, limits=limits)
+    seen: dict[str, str] = {}
+    for row, _ in islice(_json_rows(path, limits=limits), _NUM_SAMPLE_ROWS):
+        seen = {name: _json_type(value) for name, value in row.items()} | seen
+        check_num_columns(len(seen), limits=limits)
+    if seen:
+        check_columns(list(seen), names=names, limits=limits)
     return RawTable(
         columns=tuple(FileColumn(name=name, type=kind) for name, kind in seen.items()),
         batches=_jsonl_batches(path, names=names, limits=limits),
     )
 
 
-def _json_rows(path: Path, *, limits: DatasetLimits) -> Iterator[dict[str, Any]]:
+def _json_rows(path: Path, *, limits: DatasetLimits) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield every row, and how many characters its line has."""
     for number, line in _lines(path, limits=limits):
         if not line.strip():
             continue
@@ -196,15 +108,19 @@ def _json_rows(path: Path, *, limits: DatasetLimits) -> Iterator[dict[str, Any]]
                 'such as {"text": "…", "label": 0}',
                 code="malformed_row",
             )
-        yield row
+        yield row, len(line)
 
 
 def _jsonl_batches(
     path: Path, *, names: dict[ColumnField, str], limits: DatasetLimits
 ) -> Iterator[pa.RecordBatch]:
-    rows = enumerate(_json_rows(path, limits=limits), start=1)
+    wanted = set(names.values())
+    rows = (
+        ((number, {name: row[name] for name in wanted & row.keys()}), num_chars)
+        for number, (row, num_chars) in enumerate(_json_rows(path, limits=limits), start=1)
+    )
     kind_of_label = "null"
-    while chunk := list(islice(rows, _BATCH_ROWS)):
+    for chunk in _chunks(rows):
         for number, row in chunk:
             kind = _check_json_row(row, row_number=number, names=names)
             if "null" not in {kind, kind_of_label} and kind != kind_of_label:
@@ -270,7 +186,7 @@ def _open_csv(path: Path, *, names: dict[ColumnField, str], limits: DatasetLimit
     header = next(_csv_rows(path, limits=limits), None)
     if header is None:
         raise DatasetError("the file has no rows", code="no_rows")
-    _check_columns(header, names=names, limits=limits)
+    check_columns(header, names=names, limits=limits)
     return RawTable(
         columns=tuple(FileColumn(name=name, type="string") for name in header),
         batches=_csv_batches(path, names=names, limits=limits),
@@ -281,11 +197,22 @@ def _csv_rows(path: Path, *, limits: DatasetLimits) -> Iterator[list[str]]:
     """Yield the header, then every row; a quoted cell may go over several lines."""
     # The limit is the process's, so it is only ever raised; lines are capped by our own.
     csv.field_size_limit(max(csv.field_size_limit(), limits.max_line_bytes))
-    reader = csv.reader((line for _, line in _lines(path, limits=limits)), strict=True)
+    size = 0  # of the row so far: many long cells are no more than one
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        for _, line in _lines(path, limits=limits):
+            size += len(line)
+            if size > limits.max_line_bytes:
+                raise csv.Error(f"it has more than {limits.max_line_bytes:,} characters")
+            yield line
+
+    reader = csv.reader(lines(), strict=True)
     num_fields: int | None = None
     first_line = 1
     try:
         for row in reader:
+            size = 0
             if row:
                 if num_fields is None:
                     num_fields = len(row)
@@ -317,14 +244,30 @@ def _csv_batches(
     rows = _csv_rows(path, limits=limits)
     next(rows)
     wanted = {name: header.index(name) for name in names.values()}
-    while chunk := list(islice(rows, _BATCH_ROWS)):
+    cells = ([row[index] or None for index in wanted.values()] for row in rows)
+    sized = ((row, sum(len(cell or "") for cell in row)) for row in cells)
+    for chunk in _chunks(sized):
         arrays = {
-            name: pa.array([row[index] or None for row in chunk], pa.string())
-            for name, index in wanted.items()
+            name: pa.array(column, pa.string())
+            for name, column in zip(wanted, zip(*chunk, strict=True), strict=True)
         }
         if label is not None and has_integer_labels:
             arrays[label] = arrays[label].cast(pa.int64())
         yield pa.record_batch(arrays)
+
+
+def _chunks(rows: Iterable[tuple[Row, int]]) -> Iterator[list[Row]]:
+    """Yield rows in batches, by their number and by their characters together."""
+    chunk: list[Row] = []
+    size = 0
+    for row, num_chars in rows:
+        chunk.append(row)
+        size += num_chars
+        if len(chunk) == BATCH_ROWS or size > BATCH_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _lines(path: Path, *, limits: DatasetLimits) -> Iterator[tuple[int, str]]:
@@ -351,39 +294,8 @@ def _lines(path: Path, *, limits: DatasetLimits) -> Iterator[tuple[int, str]]:
         ) from error
 
 
-def _check_columns(
-    present: list[str], *, names: dict[ColumnField, str], limits: DatasetLimits
-) -> None:
-    if len(present) > limits.max_columns:
-        raise DatasetError(
-            f"the file has {len(present):,} columns; this server takes at most "
-            f"{limits.max_columns:,}",
-            code="too_many_columns",
-        )
-    for field, name in names.items():
-        count = present.count(name)
-        if count == 0:
-            listed = ", ".join(repr(item) for item in present[:_MAX_NAMES_IN_MESSAGE]) or "none"
-            more = ", …" if len(present) > _MAX_NAMES_IN_MESSAGE else ""
-            raise DatasetError(
-                f"there is no column {name!r} for the {field}; the file has: {listed}{more}",
-                code="missing_column",
-                field=field,
-            )
-        if count > 1:
-            raise DatasetError(
-                f"there are {count} columns named {name!r}; give each its own name",
-                code="missing_column",
-                field=field,
-            )
-
-
 _OPENERS: dict[FileFormat, Callable[..., RawTable]] = {
-    "parquet": _open_parquet,
+    "parquet": open_parquet,
     "jsonl": _open_jsonl,
     "csv": _open_csv,
 }
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

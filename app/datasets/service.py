@@ -71,7 +71,11 @@ class _Upload(BaseModel):
 
 def dataset_limits(settings: Settings) -> DatasetLimits:
     """Return the largest dataset that this server takes."""
-    return DatasetLimits(max_rows=settings.max_rows, max_text_chars=settings.max_text_chars)
+    return DatasetLimits(
+        max_rows=settings.max_rows,
+        max_bytes=settings.max_upload_bytes,
+        max_text_chars=settings.max_text_chars,
+    )
 
 
 def store_dataset(

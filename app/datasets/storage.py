@@ -1,4 +1,4 @@
-"""Where the bytes of datasets lie: uploads, and what was fetched from the hub."""
+"""Where the bytes of datasets lie: uploads, and what was fetched from elsewhere."""
 
 import hashlib
 from pathlib import Path
@@ -25,3 +25,8 @@ def hub_table_path(cache_dir: Path, pinned: HubDatasetReference) -> Path:
     """
     key = hashlib.sha256(str(pinned).encode()).hexdigest()[:32]
     return cache_dir / "datasets" / f"{key}.parquet"
+
+
+def fetched_path(cache_dir: Path, sha256: str, file_format: str) -> Path:
+    """Return the path of a file that was fetched from a web address or an object store."""
+    return cache_dir / "datasets" / f"{sha256}.{file_format}"

@@ -11,13 +11,15 @@ from app.audits.models import Audit
 from app.datasets.columns import ColumnNames, default_columns
 from app.datasets.files import FileFormat, guess_format
 from app.datasets.repository import find_dataset
-from app.datasets.storage import cache_folder, hub_table_path, upload_path
+from app.datasets.storage import cache_folder, fetched_path, hub_table_path, upload_path
 from app.errors import Conflict
 from app.references import (
     FileReference,
     HubDatasetReference,
     InvalidReference,
+    ObjectReference,
     UploadReference,
+    WebReference,
     parse_dataset_reference,
     resolve_file,
 )
@@ -89,6 +91,9 @@ def find_source(session: Session, settings: Settings, audit: Audit) -> Source:
             path = hub_table_path(cache_folder(settings.data_dir), pinned)
             name = f"{reference.repo.replace('/', '-')}-{reference.split}.parquet"
             return Source(path, name, sha256, columns)
+        case WebReference() | ObjectReference():
+            path = fetched_path(cache_folder(settings.data_dir), sha256, noted["format"])
+            return Source(path, reference.name, sha256, columns)
 
 
 def open_unchanged(source: Source) -> tuple[BinaryIO, FileFormat]:

@@ -1,11 +1,11 @@
 """Which addresses a webhook may have, by what can be told without looking a name up."""
 
-import socket
 from urllib.parse import urlsplit
 
-from AntiSSRF import AntiSSRFPolicy, PolicyConfigOptions
+from AntiSSRF import AntiSSRFPolicy
 
 from app.errors import InvalidRequest
+from app.outbound import may_be_called, outbound_policy
 from app.settings import Settings
 
 POINTER = "#/url"
@@ -15,9 +15,7 @@ WEB_PORTS = frozenset({80, 443})
 
 def policy_of(settings: Settings) -> AntiSSRFPolicy:
     """Return which addresses are called: global ones, and networks that the operator allows."""
-    policy = AntiSSRFPolicy(PolicyConfigOptions.EXTERNAL_ONLY_LATEST)
-    if settings.webhook_networks:
-        policy.add_allowed_addresses([str(network) for network in settings.webhook_networks])
+    policy = outbound_policy(settings.webhook_networks)
     policy.allow_plain_text_http = settings.webhook_plain_http
     policy.add_xff_header = False  # it would tell receivers of a caller named "true"
     return policy
@@ -55,23 +53,9 @@ def check_url(settings: Settings, url: str) -> None:
         raise InvalidRequest.at(POINTER, "The URL has a fragment, which is never sent.")
     if port is not None and port not in WEB_PORTS and port < SMALLEST_PORT:
         raise InvalidRequest.at(POINTER, f"Port {port} is not called: use 443, 80 or 1024 and up.")
-    if not _may_be_called(settings, host):
+    if not may_be_called(policy_of(settings), host):
         raise InvalidRequest.at(
             POINTER,
             "This address is not a public one, and only those are called. An operator can "
             "allow networks by WINNOW_WEBHOOK_NETWORKS.",
         )
-
-
-def _may_be_called(settings: Settings, host: str) -> bool:
-    """Return whether a host is a name, or a number that the policy allows."""
-    if host.rstrip(".").lower().split(".")[-1] == "localhost":
-        host = "127.0.0.1"
-    try:
-        # as the system reads numbers: 127.1 and 0x7f000001 are some too
-        found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
-    except (OSError, UnicodeError):
-        return True
-    addresses = [str(place[4][0]) for place in found]
-    allowed: bool = policy_of(settings)._is_network_connection_allowed(addresses)  # noqa: SLF001  it has no public name
-    return allowed

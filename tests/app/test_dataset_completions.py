@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.datasets import readers
+from app.datasets import parquet as parquet_files
 from app.datasets.columns import NUL, ColumnNames, columns_by_header, default_columns
 from app.datasets.files import DatasetError, FileFormat
 from app.datasets.messages import ROLES, read_messages, show_messages
@@ -267,7 +267,7 @@ class TestParquet:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Millions of equal messages take a few bytes; they are counted before they are read."""
-        monkeypatch.setattr(readers, "_MAX_ITEMS_PER_ROW_GROUP", 3)
+        monkeypatch.setattr(parquet_files, "_MAX_ITEMS_PER_ROW_GROUP", 3)
         path = write(tmp_path, encode([{"messages": SHORT}], "parquet"), "parquet")
         assert inspect(path, "parquet", messages="messages").num_rows == 1
         path = write(tmp_path, encode([{"messages": SHORT}] * 2, "parquet"), "parquet")

@@ -62,6 +62,11 @@ REFUSALS: list[tuple[tuple[FileFormat, bytes], DatasetErrorCode, str]] = [
         "more than 50 distinct labels; is it the right column",
     ),
     (table(text=[], label=[]), "no_rows", "no rows"),
+    (
+        table(text=["x" * 100] * 1001, label=[0, 1, *[0] * 999]),
+        "too_large",
+        "row 1,001: .*more than 100,000 bytes",
+    ),
     (table(text=["a"] * 3001, label=[0] * 3001), "too_many_rows", "3,001 rows"),
     (table(**{f"c{i}": [1, 2] for i in range(9)}), "too_many_columns", "11 columns"),
     (("parquet", parquet(pa.table({"x": [1]}))), "missing_column", "no column 'text'.*has: 'x'"),

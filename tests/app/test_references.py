@@ -11,8 +11,11 @@ from app.references import (
     HubDatasetReference,
     HubModelReference,
     InvalidReference,
+    ObjectReference,
     Reference,
     UploadReference,
+    WebReference,
+    check_object,
     parse_dataset_reference,
     parse_model_reference,
     parse_reference,
@@ -39,6 +42,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
             HubDatasetReference("lab/films", "v2", "long texts", "test"),
         ),
         ("hf://datasets/lab/films?split=a.b", HubDatasetReference("lab/films", split="a.b")),
+        (
+            "https://example.com/a/b.csv?sig=%2B",
+            WebReference("https://example.com/a/b.csv?sig=%2B"),
+        ),
+        ("https://[2001:db8::1]:8443/a", WebReference("https://[2001:db8::1]:8443/a")),
+        ("s3://my.bucket/a/train%20set.csv", ObjectReference("my.bucket", "a/train set.csv")),
+        ("s3://bucket/model/", ObjectReference("bucket", "model")),
     ],
 )
 def test_accepted_forms(text: str, reference: Reference) -> None:
@@ -52,8 +62,37 @@ def test_accepted_forms(text: str, reference: Reference) -> None:
     [
         ("", "not a reference"),
         ("/data/train.csv", "not a reference"),
-        ("s3://bucket/train.csv", "not a reference"),
-        ("https://example.com/train.csv", "not a reference"),
+        ("http://example.com/train.csv", "not a reference"),
+        ("gs://bucket/train.csv", "not a reference"),
+        ("S3://bucket/train.csv", "not a reference"),
+        ("https://example.com", "names no file"),
+        ("https://example.com/", "names no file"),
+        ("https://example.com/folder/?x=1", "names no file"),
+        ("https:///train.csv", "names no host"),
+        ("https://a..b/train.csv", "names no host"),
+        ("https://[::1/train.csv", "names no host"),
+        ("https://[1]/train.csv", "names no host"),
+        ("https://exämple.com/train.csv", "percent-encoded"),
+        ("https://example.com\\@inside/train.csv", "percent-encoded"),
+        ("https://user:secret@example.com/train.csv", "user or a password"),
+        ("https://example.com/train.csv#part", "fragment"),
+        ("https://example.com:22/train.csv", "port 22 is not called"),
+        ("https://example.com:80/train.csv", "port 80 is not called"),
+        ("https://example.com:/train.csv", "is not called"),
+        ("https://example.com:99999/train.csv", "is not called"),
+        ("https://example.com/%zz.csv", "hexadecimal"),
+        ("s3://bucket", "key may not be empty"),
+        ("s3://bucket/", "key may not be empty"),
+        ("s3://bucket/a//b", "key may not be empty"),
+        ("s3://bucket/a/../b", "key may not be empty"),
+        ("s3://bucket/a/%2e%2e/b", "key may not be empty"),
+        ("s3://bucket/a?versionId=1", "takes no options"),
+        ("s3://Bucket/a", "does not name a bucket"),
+        ("s3://b/a", "does not name a bucket"),
+        ("s3://169.254.169.254/a", "does not name a bucket"),
+        ("s3://a..b/a", "does not name a bucket"),
+        ("s3://key:secret@bucket/a", "does not name a bucket"),
+        ("s3://evil.com:9000/a", "does not name a bucket"),
         ("HF://lab/model", "not a reference"),
         ("upload:", "upload:ds_"),
         ("upload:aud_1", "upload:ds_"),
@@ -100,14 +139,22 @@ def test_everything_else_is_refused_with_a_reason(text: str, message: str) -> No
 def test_the_refusal_names_the_forms_that_there_are() -> None:
     with pytest.raises(InvalidReference) as caught:
         parse_reference("model.bin")
-    for form in ("upload:ds_", "file:///", "hf://owner/name@revision", "hf://datasets/"):
+    for form in ("upload:ds_", "file:///", "hf://owner/name@revision", "https://", "s3://"):
         assert form in str(caught.value)
 
 
 @given(st.text(max_size=60) | st.text(alphabet="hfile:/.%2@?=&datasets-_0", max_size=60))
 def test_no_text_breaks_the_parser(text: str) -> None:
     """Any text is a reference that can be written out again, or an InvalidReference."""
-    for prefix in ("", "hf://", "hf://datasets/a/b", "file:///", "upload:ds_"):
+    for prefix in (
+        "",
+        "hf://",
+        "hf://datasets/a/b",
+        "file:///",
+        "upload:ds_",
+        "https://a/",
+        "s3://bkt/",
+    ):
         try:
             reference = parse_reference(prefix + text)
         except InvalidReference:
@@ -177,3 +224,19 @@ class TestRoots:
             with pytest.raises(InvalidReference, match=message) as caught:
                 resolve_file(path, roots)
             assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("root", ["bucket", "bucket/a", "bucket/a/b.csv"])
+def test_an_object_below_a_root_may_be_read(root: str) -> None:
+    check_object(ObjectReference("bucket", "a/b.csv"), ["other", root])
+
+
+@pytest.mark.parametrize("root", ["buck", "bucket/a/b", "bucket/b", "bucket/a/b.csv/c", "a/b.csv"])
+def test_an_object_elsewhere_may_not(root: str) -> None:
+    with pytest.raises(InvalidReference, match="outside the buckets"):
+        check_object(ObjectReference("bucket", "a/b.csv"), [root])
+
+
+def test_without_roots_no_object_is_read() -> None:
+    with pytest.raises(InvalidReference, match="WINNOW_S3_ROOTS"):
+        check_object(ObjectReference("bucket", "a/b.csv"), [])

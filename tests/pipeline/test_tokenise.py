@@ -24,6 +24,7 @@ from workers.pipeline.tokenise import (
     cut,
     truncation_warnings,
 )
+from workers.sources.local import ResolvedDataset
 
 VOCABULARY = ["<pad>", "<unk>", "<s>", "</s>", "<user>", "<assistant>", "a", "b", "c", "d", "e"]
 PAD, UNK, BOS, EOS, USER, ASSISTANT, A, B, C, D, E = range(len(VOCABULARY))
@@ -64,7 +65,7 @@ def tokenise(
         Completions: ColumnNames(prompt="p"),
         Chats: ColumnNames(messages="m"),
     }
-    table = Table(Path(), "csv", names[kind], "", "train")
+    table = Table(ResolvedDataset(Path(), "csv", ""), names[kind], "train")
     texts, pairs = zip(*rows, strict=True)
     batch = pa.record_batch(
         {"text": pa.array(texts, pa.string()), "text_pair": pa.array(pairs, pa.string())}

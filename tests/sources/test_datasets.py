@@ -16,9 +16,10 @@ from app.references import (
     UploadReference,
 )
 from tests.hub import LoopbackHub
-from workers.sources.datasets import ResolvedDataset, resolve_dataset
+from workers.sources.datasets import resolve_dataset
 from workers.sources.errors import SourceError
 from workers.sources.hub import Hub
+from workers.sources.local import ResolvedDataset
 
 Resolve = Callable[[DatasetReference], ResolvedDataset]
 
@@ -72,7 +73,8 @@ class TestFiles:
         path = folder / "train.csv"
         path.write_bytes(TRAIN)
         first = resolve(FileReference(path))
-        assert (first.path, first.format) == (path, "csv")
+        assert first.path.samefile(path)
+        assert first.format == "csv"
         path.write_bytes(TEST)
         assert resolve(FileReference(path)).revision != first.revision
 

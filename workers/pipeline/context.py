@@ -20,6 +20,8 @@ from app.work.repository import Claim
 from workers.lease import Hold
 from workers.pipeline.artifacts import Artifacts
 from workers.sources.hub import Hub
+from workers.sources.objects import ObjectStore
+from workers.sources.web import Web
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,29 @@ class StageContext:
             endpoint=str(self.settings.hub_endpoint),
             cache_dir=self.cache_dir / "hub",
             token=token.get_secret_value() if token else None,
+            networks=self.settings.fetch_networks,
+        )
+
+    @property
+    def web(self) -> Web:
+        """Where https:// references are fetched."""
+        return Web(
+            is_allowed=self.settings.https_datasets,
+            networks=self.settings.fetch_networks,
+            ca_file=self.settings.fetch_ca_file,
+        )
+
+    @property
+    def store(self) -> ObjectStore:
+        """Where s3:// references are fetched."""
+        endpoint = self.settings.s3_endpoint
+        access_key, secret_key = self.settings.s3_access_key, self.settings.s3_secret_key
+        return ObjectStore(
+            roots=self.settings.s3_roots,
+            endpoint=str(endpoint).rstrip("/") if endpoint else None,
+            region=self.settings.s3_region,
+            access_key=access_key.get_secret_value() if access_key else None,
+            secret_key=secret_key.get_secret_value() if secret_key else None,
         )
 
     def remove_scratch(self) -> None:
@@ -83,7 +108,9 @@ class StageContext:
     def limits(self) -> DatasetLimits:
         """The largest dataset that is taken."""
         return DatasetLimits(
-            max_rows=self.settings.max_rows, max_text_chars=self.settings.max_text_chars
+            max_rows=self.settings.max_rows,
+            max_bytes=self.settings.max_upload_bytes,
+            max_text_chars=self.settings.max_text_chars,
         )
 
 

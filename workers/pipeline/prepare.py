@@ -212,6 +212,7 @@ def _resolve(context: StageContext) -> _Sources:
         "task": request.task,
         "roots": context.settings.file_roots,
         "hub": context.hub,
+        "store": context.store,
         "cache_dir": context.cache_dir,
     }
     adapter = request.model.adapter

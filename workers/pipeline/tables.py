@@ -17,8 +17,9 @@ from app.datasets.storage import upload_path
 from app.references import parse_dataset_reference
 from workers.pipeline.context import StageContext
 from workers.pipeline.failures import AuditRefused
-from workers.sources.datasets import ResolvedDataset, resolve_dataset
+from workers.sources.datasets import resolve_dataset
 from workers.sources.errors import SourceError
+from workers.sources.local import ResolvedDataset
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,28 @@ class Table:
     """A dataset of the request, found and pinned.
 
     Attributes:
+        columns: which are read.
         field: the field of the request that names it, train, validation or test.
     """
 
-    path: Path
-    format: FileFormat
+    resolved: ResolvedDataset
     columns: ColumnNames
-    revision: str
     field: str
+
+    @property
+    def path(self) -> Path:
+        """Where the file is, for as long as this table is kept."""
+        return self.resolved.path
+
+    @property
+    def format(self) -> FileFormat:
+        """What the file is."""
+        return self.resolved.format
+
+    @property
+    def revision(self) -> str:
+        """The commit (hub), or the SHA-256 of the file."""
+        return self.resolved.revision
 
 
 def resolve_table(context: StageContext, source: DatasetSource, *, field: str) -> Table:
@@ -74,12 +89,14 @@ def resolve_table(context: StageContext, source: DatasetSource, *, field: str) -
             cache_dir=context.cache_dir,
             limits=context.limits,
             max_bytes=context.settings.max_upload_bytes,
+            web=context.web,
+            store=context.store,
         )
     except SourceError as error:
         raise AuditRefused(
             error.code, error.message, field=f"{field}.reference", transient=error.transient
         ) from error
-    return Table(resolved.path, resolved.format, columns, resolved.revision, field)
+    return Table(resolved, columns, field)
 
 
 def _describe(columns: ColumnNames) -> str:

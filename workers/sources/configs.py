@@ -11,9 +11,10 @@ from typing import Any
 
 from workers.sources.errors import SourceError, SourceErrorCode, SourceField
 
-_MAX_CONFIG_BYTES = 8 * 1024**2
+MAX_CONFIG_BYTES = 8 * 1024**2
 _MAX_LAYERS = 1_000
 _MAX_EXPERTS = 4_096
+_MAX_CLASSES = 10_000  # the library names each
 _MAX_DIMENSION = 2**31 - 1
 # Keys at which a library imports code, fetches kernels or opens a file of the config's choice, and
 # those that change what a forward pass returns.
@@ -71,9 +72,9 @@ def read_json(path: Path, *, field: SourceField) -> dict[str, Any]:
     Raises:
         SourceError: unreadable_file.
     """
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
         raise _refusal(
-            f"{path.name} has more than {_MAX_CONFIG_BYTES:,} bytes", "unreadable_file", field
+            f"{path.name} has more than {MAX_CONFIG_BYTES:,} bytes", "unreadable_file", field
         )
     try:
         content = json.loads(path.read_bytes())
@@ -203,17 +204,24 @@ def _check_sizes(value: Any, *, key: str = "") -> None:  # noqa: ANN401 — any 
         for item in value:
             _check_sizes(item, key=key)
     elif isinstance(value, int):
-        limit = _MAX_DIMENSION
-        if key.endswith(("layers", "n_layer")):
-            limit = _MAX_LAYERS
-        elif key.endswith("experts"):
-            limit = _MAX_EXPERTS
-        if value > limit:
+        least, most = _bounds(key)
+        if value > most:
             raise _refusal(
-                f"config.json has {key}={value}; at most {limit:,} is taken",
+                f"config.json has {key}={value}; at most {most:,} is taken",
                 "unsupported_model",
                 "model",
             )
+        if value < least:
+            raise _refusal(f"config.json has {key}={value}", "unsupported_model", "model")
+
+
+def _bounds(key: str) -> tuple[int, int]:
+    """Return the least and the most that a number may be; many have -1 for nothing."""
+    if key.endswith(("layers", "n_layer")):
+        return 0, _MAX_LAYERS
+    if key.endswith("experts"):
+        return -1, _MAX_EXPERTS
+    return -_MAX_DIMENSION, _MAX_CLASSES if key == "num_labels" else _MAX_DIMENSION
 
 
 def _refusal(message: str, code: SourceErrorCode, field: SourceField) -> SourceError:

@@ -6,11 +6,10 @@ file. Only tables are taken: no scripts (the library has none any more), no arch
 """
 
 import errno
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,39 +21,26 @@ from datasets.data_files import DataFilesDict
 from datasets.exceptions import DatasetsError
 from huggingface_hub import DatasetCard
 
-from app.datasets.files import DatasetError, DatasetLimits, FileFormat, guess_format
+from app.datasets.files import DatasetLimits
 from app.datasets.storage import hub_table_path
 from app.references import (
     DatasetReference,
     FileReference,
     HubDatasetReference,
-    InvalidReference,
+    ObjectReference,
     UploadReference,
-    resolve_file,
+    WebReference,
 )
 from workers.sources.errors import SourceError, SourceErrorCode
 from workers.sources.hub import Hub, HubFile
+from workers.sources.local import ResolvedDataset, resolve_local
+from workers.sources.objects import NO_STORE, ObjectStore
+from workers.sources.web import NO_WEB, Web
 
 _CARD = "README.md"
 _TABLE_SUFFIXES = {".parquet", ".csv", ".jsonl", ".ndjson", ".json"}
 _BUILDERS = {"parquet", "csv", "json"}
-_HEAD_BYTES = 512
 _BATCH_ROWS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedDataset:
-    """A dataset that lies ready as one file; its rows are not checked yet.
-
-    Attributes:
-        path: the file.
-        format: what it is.
-        revision: the commit (hub), or the sha256 of the file.
-    """
-
-    path: Path
-    format: FileFormat
-    revision: str
 
 
 def resolve_dataset(
@@ -66,6 +52,8 @@ def resolve_dataset(
     cache_dir: Path,
     limits: DatasetLimits,
     max_bytes: int,
+    web: Web = NO_WEB,
+    store: ObjectStore = NO_STORE,
 ) -> ResolvedDataset:
     """Return the dataset as a local Parquet, JSONL or CSV file.
 
@@ -73,13 +61,15 @@ def resolve_dataset(
     without asking the hub.
 
     Args:
-        reference: an upload, a file, or a split of a hub repository.
+        reference: an upload, a file, a split of a hub repository, or a file somewhere else.
         find_upload: looks up an upload by its id; what it raises passes through.
         roots: folders that file:// references may name.
         hub: where hf:// references are resolved.
         cache_dir: where the Parquet files of hub datasets are kept.
         limits: only the number of rows is looked at here.
         max_bytes: of the dataset, compressed or not.
+        web: where https:// references are fetched.
+        store: where s3:// references are.
 
     Raises:
         SourceError: what is wrong with the reference, and what to change.
@@ -87,7 +77,11 @@ def resolve_dataset(
     if isinstance(reference, UploadReference):
         return find_upload(reference.id)
     if isinstance(reference, FileReference):
-        return _resolve_file(reference, roots=roots, max_bytes=max_bytes)
+        return resolve_local(reference, roots=roots, max_bytes=max_bytes)
+    if isinstance(reference, WebReference):
+        return web.fetch(reference, cache_dir=cache_dir, max_bytes=max_bytes)
+    if isinstance(reference, ObjectReference):
+        return store.fetch(reference, cache_dir=cache_dir, max_bytes=max_bytes)
     revision = hub.commit(reference, field="dataset")
     pinned = replace(reference, revision=revision)
     target = hub_table_path(cache_dir, pinned)
@@ -103,32 +97,6 @@ def resolve_dataset(
             _write_split(builder, pinned, table, limits=limits, max_bytes=max_bytes)
             table.replace(target)
     return ResolvedDataset(path=target, format="parquet", revision=revision)
-
-
-def _resolve_file(
-    reference: FileReference, *, roots: Sequence[Path], max_bytes: int
-) -> ResolvedDataset:
-    try:
-        path = resolve_file(reference.path, roots)
-        if not path.is_file():
-            raise _refusal(
-                f"{reference.path} is a folder; name one Parquet, JSONL or CSV file",
-                "invalid_reference",
-            )
-        _check_size(path.stat().st_size, source=str(reference.path), max_bytes=max_bytes)
-        with path.open("rb") as file:
-            file_format = guess_format(path.name, file.read(_HEAD_BYTES))
-            file.seek(0)
-            revision = hashlib.file_digest(file, "sha256").hexdigest()
-    except InvalidReference as error:
-        raise _refusal(str(error), "invalid_reference") from error
-    except DatasetError as error:
-        raise _refusal(error.message, "unsupported_dataset") from error
-    except OSError as error:
-        raise _refusal(
-            f"{reference.path} cannot be read: {error.strerror}", "not_permitted"
-        ) from error
-    return ResolvedDataset(path=path, format=file_format, revision=revision)
 
 
 def _prepare_builder(

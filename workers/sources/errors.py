@@ -8,6 +8,8 @@ SourceErrorCode = Literal[
     "not_permitted",
     "hub_unreachable",
     "hub_error",
+    "source_unreachable",
+    "source_error",
     "too_large",
     "storage_full",
     "missing_file",

@@ -4,12 +4,14 @@ import errno
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from urllib.request import getproxies
 
 import httpx2
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -20,9 +22,12 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils._http import default_client_factory, hf_request_event_hook
+from pydantic.networks import IPvAnyNetwork
 
 from app.references import HubDatasetReference, HubModelReference
 from workers.sources.errors import SourceError, SourceField
+from workers.sources.guarded import AddressRefused, GuardedTransport
 
 RepositoryType = Literal["model", "dataset"]
 
@@ -45,14 +50,19 @@ class Hub:
 
     The endpoint is an argument everywhere; HF_ENDPOINT and a token that lies on the machine are
     never looked at.
+
+    Attributes:
+        networks: that the hub may send on to although they are not public.
     """
 
     endpoint: str
     cache_dir: Path
     token: str | None = field(default=None, repr=False)
+    networks: Sequence[IPvAnyNetwork] = ()
 
     @property
     def _api(self) -> HfApi:
+        _guard(self.endpoint, tuple(self.networks))
         return HfApi(
             endpoint=self.endpoint.rstrip("/"),
             token=self.token or False,
@@ -137,6 +147,39 @@ class Hub:
             }
 
 
+_guarded: ContextVar[tuple[str, tuple[IPvAnyNetwork, ...]] | None] = ContextVar(
+    "guarded", default=None
+)
+
+
+def _guard(endpoint: str, networks: tuple[IPvAnyNetwork, ...]) -> None:
+    """Let the hub's client call its endpoint, and where it sends on only what is public.
+
+    The library has one client in a process. Where the operator's environment names a proxy, the
+    proxy looks names up, and its rules count.
+    """
+    if _guarded.get() == (endpoint, networks):
+        return
+    url = httpx2.URL(endpoint)
+    port = url.port or {"http": 80, "https": 443}.get(url.scheme, 0)
+    trusted = frozenset({(url.host, port)})
+    # it speaks to its storage through a library of its own, where no address can be checked
+    constants.HF_HUB_DISABLE_XET = True
+
+    def make() -> httpx2.Client:
+        if getproxies().keys() & {"http", "https", "all"}:
+            return default_client_factory()
+        return httpx2.Client(
+            transport=GuardedTransport(networks=networks, trusted=trusted, trust_env=True),
+            event_hooks={"request": [hf_request_event_hook]},
+            follow_redirects=True,
+            timeout=None,  # the library says its own at every call
+        )
+
+    set_client_factory(make)
+    _guarded.set((endpoint, networks))
+
+
 def _type_of(reference: HubModelReference | HubDatasetReference) -> RepositoryType:
     return "model" if isinstance(reference, HubModelReference) else "dataset"
 
@@ -148,6 +191,8 @@ def _hub_errors(
     """Turn what the hub's client raises into sentences for the person who sent the reference."""
     try:
         yield
+    except AddressRefused as error:
+        raise _not_public(reference, error, field=field) from error
     except GatedRepoError as error:
         raise SourceError(
             f"{reference}: the repository is gated; accept its terms on the hub and give the "
@@ -177,6 +222,8 @@ def _hub_errors(
             transient=status >= _FIRST_SERVER_ERROR or status == _TOO_MANY_REQUESTS,
         ) from error
     except (httpx2.TransportError, LocalEntryNotFoundError) as error:
+        if isinstance(error.__cause__, AddressRefused):
+            raise _not_public(reference, error.__cause__, field=field) from error
         raise SourceError(
             f"{reference}: the hub could not be reached; try again later",
             code="hub_unreachable",
@@ -192,3 +239,16 @@ def _hub_errors(
             field=field,
             transient=True,
         ) from error
+
+
+def _not_public(
+    reference: HubModelReference | HubDatasetReference,
+    error: AddressRefused,
+    *,
+    field: SourceField,
+) -> SourceError:
+    return SourceError(
+        f"{reference}: the hub sends on to another server: {error}",
+        code="not_permitted",
+        field=field,
+    )

@@ -1,12 +1,21 @@
 """Which files of a folder or a repository make up a model or an adapter, picked by name."""
 
+import hashlib
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.references import FileReference, HubModelReference, InvalidReference, resolve_file
+from app.references import (
+    FileReference,
+    HubModelReference,
+    InvalidReference,
+    ObjectReference,
+    resolve_file,
+)
 from workers.sources.errors import SourceError, SourceErrorCode, SourceField
 from workers.sources.hub import Hub
+from workers.sources.objects import ObjectStore
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -71,7 +80,36 @@ def hub_files(
         file.path for file in hub.files(reference, commit=commit, recursive=False, field=field)
     ]
     paths = _choose(names, source=str(reference), field=field)
-    return hub.download(reference, commit=commit, paths=paths, field=field)
+    found = hub.download(reference, commit=commit, paths=paths, field=field)
+    return {name: path.resolve() for name, path in found.items()}
+
+
+def object_files(
+    reference: ObjectReference, *, store: ObjectStore, cache_dir: Path, field: SourceField
+) -> tuple[Path, dict[str, Path]]:
+    """Download the objects of a folder that are needed; return where they lie, as `folder_files`.
+
+    Raises:
+        SourceError: missing_file, or as `ObjectStore.fetch`.
+    """
+    found = {file.name: file for file in store.files(reference, field=field)}
+    chosen = [found[name] for name in _choose(sorted(found), source=str(reference), field=field)]
+    listed = "\n".join(f"{file.key} {file.etag}" for file in chosen)
+    key = hashlib.sha256(f"{reference.bucket}\n{listed}".encode()).hexdigest()[:32]
+    folder = cache_dir / "objects" / key
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="staging-") as temporary:
+            content = Path(temporary) / "content"
+            content.mkdir()
+            store.download(reference, chosen, content, field=field)
+            try:
+                content.rename(folder)
+            except OSError:  # another process was first
+                if not folder.is_dir():
+                    raise
+    folder = folder.resolve()
+    return folder, {file.name: folder / file.name for file in chosen}
 
 
 def gguf_of(files: dict[str, Path]) -> Path | None:

@@ -13,8 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from app.references import FileReference, HubModelReference
+from app.references import HubModelReference, ModelReference, ObjectReference
 from workers.sources.configs import (
+    MAX_CONFIG_BYTES,
     clean_adapter_config,
     clean_model_config,
     clean_tokenizer_config,
@@ -37,9 +38,12 @@ from workers.sources.listing import (
     folder_files,
     gguf_of,
     hub_files,
+    object_files,
 )
+from workers.sources.objects import NO_STORE, ObjectStore
 from workers.sources.staging import (
     LINKS,
+    copy_file,
     digest,
     fingerprints,
     links,
@@ -49,6 +53,7 @@ from workers.sources.staging import (
 
 _TOKENIZERS = ({"tokenizer.json"}, {"vocab.txt"}, {"vocab.json", "merges.txt"})
 _MAX_TEMPLATE_BYTES = 1024**2
+_MAX_TOKENIZER_BYTES = 64 * 1024**2  # the largest known is about half as large
 _ADAPTER_TASKS: dict[Task, str] = {"classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
 
@@ -74,12 +79,13 @@ class ResolvedModel:
 
 
 def resolve_model(
-    reference: FileReference | HubModelReference,
+    reference: ModelReference,
     *,
-    adapter: FileReference | HubModelReference | None,
+    adapter: ModelReference | None,
     task: Task = "classification",
     roots: Sequence[Path],
     hub: Hub,
+    store: ObjectStore = NO_STORE,
     cache_dir: Path,
 ) -> ResolvedModel:
     """Fetch a model and its adapter, check them, and lay them out for `load_model`.
@@ -93,6 +99,7 @@ def resolve_model(
         adapter: the LoRA adapter's, to be put on that model.
         task: what the model will be loaded for.
         hub: where hf:// references are resolved.
+        store: where s3:// references are.
         roots: folders that file:// references may name.
         cache_dir: where the clean folders are kept, beside the hub's cache.
 
@@ -100,7 +107,7 @@ def resolve_model(
         SourceError: what is wrong with which reference, and what to change.
     """
     path, revision = _resolve_part(
-        reference, field="model", roots=roots, hub=hub, cache_dir=cache_dir
+        reference, field="model", roots=roots, hub=hub, store=store, cache_dir=cache_dir
     )
     config = read_json(path / CONFIG, field="model")
     model_type = check_architecture(config.get("model_type"), task)
@@ -114,16 +121,19 @@ def resolve_model(
     )
     if adapter is None:
         return base
-    return resolve_adapter(base, adapter, task=task, roots=roots, hub=hub, cache_dir=cache_dir)
+    return resolve_adapter(
+        base, adapter, task=task, roots=roots, hub=hub, store=store, cache_dir=cache_dir
+    )
 
 
 def resolve_adapter(
     base: ResolvedModel,
-    adapter: FileReference | HubModelReference,
+    adapter: ModelReference,
     *,
     task: Task = "classification",
     roots: Sequence[Path],
     hub: Hub,
+    store: ObjectStore = NO_STORE,
     cache_dir: Path,
 ) -> ResolvedModel:
     """Return a resolved model with another adapter; the base is not looked at again.
@@ -134,13 +144,14 @@ def resolve_adapter(
         task: what the model will be loaded for.
         roots: folders that file:// references may name.
         hub: where hf:// references are resolved.
+        store: where s3:// references are.
         cache_dir: where the clean folders are kept, beside the hub's cache.
 
     Raises:
         SourceError: what is wrong with the adapter, and what to change.
     """
     path, revision = _resolve_part(
-        adapter, field="adapter", roots=roots, hub=hub, cache_dir=cache_dir
+        adapter, field="adapter", roots=roots, hub=hub, store=store, cache_dir=cache_dir
     )
     _check_adapter_task(path, task)
     return replace(base, adapter_path=path, adapter_revision=revision)
@@ -152,11 +163,12 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _resolve_part(
-    reference: FileReference | HubModelReference,
+    reference: ModelReference,
     *,
     field: SourceField,
     roots: Sequence[Path],
     hub: Hub,
+    store: ObjectStore,
     cache_dir: Path,
 ) -> tuple[Path, str]:
     """Return (clean folder, revision)."""
@@ -168,14 +180,17 @@ def _resolve_part(
             files = hub_files(reference, commit=revision, hub=hub, field=field)
             stage_folder(files, target, fill=_filler(files, field=field))
         return target, revision
-    folder, files = folder_files(reference, roots=roots, field=field)
+    if isinstance(reference, ObjectReference):
+        folder, files = object_files(reference, store=store, cache_dir=cache_dir, field=field)
+    else:
+        folder, files = folder_files(reference, roots=roots, field=field)
     gguf = gguf_of(files)
     try:
         before = fingerprints(files)
         revision = digest(files) if gguf is None else file_digest(gguf)
     except OSError as error:
         raise _refusal(
-            f"{reference.path} cannot be read: {error.strerror}", "not_permitted", field
+            f"{reference} cannot be read: {error.strerror}", "not_permitted", field
         ) from error
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     # what is made of a GGUF file links to nothing, so where the file lies does not matter
@@ -198,38 +213,39 @@ def _filler(
 
 
 def _stage_model(files: dict[str, Path], target: Path) -> None:
-    config = clean_model_config(read_json(files[CONFIG], field="model"))
     if not any(tokenizer <= files.keys() for tokenizer in _TOKENIZERS):
         raise _refusal(
             "the tokenizer is incomplete: vocab.json needs merges.txt", "missing_file", "model"
         )
-    write_json(target / CONFIG, config)
+    # What is small is copied, so that its owner can exchange it as little as its check; weights are
+    # linked, and watched.
+    for name in (CONFIG, TOKENIZER_CONFIG, WEIGHTS_INDEX, CHAT_TEMPLATE, *TOKENIZER_DATA):
+        if name in files:
+            limit = MAX_CONFIG_BYTES if name not in TOKENIZER_DATA else _MAX_TOKENIZER_BYTES
+            limit = _MAX_TEMPLATE_BYTES if name == CHAT_TEMPLATE else limit
+            copy_file(files[name], target / name, max_bytes=limit, field="model")
+    write_json(target / CONFIG, clean_model_config(read_json(target / CONFIG, field="model")))
     if TOKENIZER_CONFIG in files:
-        tokenizer_config = read_json(files[TOKENIZER_CONFIG], field="model")
+        tokenizer_config = read_json(target / TOKENIZER_CONFIG, field="model")
         write_json(target / TOKENIZER_CONFIG, clean_tokenizer_config(tokenizer_config))
     if WEIGHTS in files:
         weights = [WEIGHTS]
+        (target / WEIGHTS_INDEX).unlink(missing_ok=True)
     else:
-        index = read_json(files[WEIGHTS_INDEX], field="model")
-        weights = _shards(index, files=files)
-        write_json(target / WEIGHTS_INDEX, index)
+        weights = _shards(read_json(target / WEIGHTS_INDEX, field="model"), files=files)
     for name in weights:
         check_safetensors(files[name], field="model")
-    if CHAT_TEMPLATE in files and files[CHAT_TEMPLATE].stat().st_size > _MAX_TEMPLATE_BYTES:
-        raise _refusal(
-            f"{CHAT_TEMPLATE} has more than {_MAX_TEMPLATE_BYTES:,} bytes",
-            "unreadable_file",
-            "model",
-        )
-    for name in (*weights, *(name for name in (*TOKENIZER_DATA, CHAT_TEMPLATE) if name in files)):
-        (target / name).symlink_to(files[name].resolve())
+        (target / name).symlink_to(files[name])
 
 
 def _stage_adapter(files: dict[str, Path], target: Path) -> None:
-    config = clean_adapter_config(read_json(files[ADAPTER_CONFIG], field="adapter"))
+    copy_file(
+        files[ADAPTER_CONFIG], target / ADAPTER_CONFIG, max_bytes=MAX_CONFIG_BYTES, field="adapter"
+    )
+    config = clean_adapter_config(read_json(target / ADAPTER_CONFIG, field="adapter"))
     check_safetensors(files[ADAPTER_WEIGHTS], field="adapter")
     write_json(target / ADAPTER_CONFIG, config)
-    (target / ADAPTER_WEIGHTS).symlink_to(files[ADAPTER_WEIGHTS].resolve())
+    (target / ADAPTER_WEIGHTS).symlink_to(files[ADAPTER_WEIGHTS])
 
 
 def _check_adapter_task(path: Path, task: Task) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from app.errors import DISK_FULL
+from app.opening import open_resolved
 from workers.sources.configs import read_json
 from workers.sources.errors import SourceError, SourceField
 
@@ -39,6 +41,31 @@ def check_unchanged(path: Path, *, field: SourceField) -> None:
             )
 
 
+def copy_file(source: Path, target: Path, *, max_bytes: int, field: SourceField) -> None:
+    """Copy a file of somebody else's, by the resolved path at which it was checked.
+
+    Raises:
+        SourceError: unreadable_file, where it is too large; not_permitted, where it was exchanged
+            for a link or cannot be read.
+    """
+    try:
+        with open_resolved(source) as file, target.open("xb") as copy:
+            content = file.read(max_bytes + 1)
+            copy.write(content)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise SourceError(
+            f"{source.name} cannot be read: {error.strerror or error}",
+            code="not_permitted",
+            field=field,
+        ) from error
+    if len(content) > max_bytes:
+        raise SourceError(
+            f"{source.name} has more than {max_bytes:,} bytes", code="unreadable_file", field=field
+        )
+
+
 def links(folder: Path) -> list[str]:
     """Return the names of the files that are links."""
     return sorted(path.name for path in folder.iterdir() if path.is_symlink())
@@ -58,7 +85,7 @@ def digest(files: dict[str, Path]) -> str:
     """Return the sha256 over the names, sizes and bytes of all files."""
     total = hashlib.sha256()
     for name, path in sorted(files.items()):
-        with path.open("rb") as file:
+        with open_resolved(path) as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{name}\0{content}\n".encode())
     return total.hexdigest()
