@@ -28,7 +28,7 @@ MAX_PAUSE = 5.0
 log = structlog.get_logger()
 
 
-class _Connection(Connection):
+class _Connection(Connection):  # type: ignore[misc]  # Celery has no types
     """Looks for a broker that is away every few seconds, however long it was away.
 
     By default the pause grows to 30 seconds; work shall flow within 30 after the broker's return.
@@ -38,7 +38,7 @@ class _Connection(Connection):
         return super().ensure_connection(*arguments, **{"interval_max": MAX_PAUSE, **options})
 
 
-class _Amqp(AMQP):
+class _Amqp(AMQP):  # type: ignore[misc]
     Connection = _Connection
 
 

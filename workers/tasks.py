@@ -1,6 +1,7 @@
 """The one task: claim a unit of work, run its stage, save, say what is next."""
 
 import os
+import secrets
 import signal
 import socket
 from functools import lru_cache
@@ -50,8 +51,10 @@ def _process_engine() -> Engine:
     return make_engine(get_settings().require_database_url(), owner=_owner())
 
 
+@lru_cache
 def _owner() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """Return this process's name: no other has it, not even the one that it takes the place of."""
+    return f"{socket.gethostname()}:{secrets.token_hex(4)}:{os.getpid()}"
 
 
 @shared_task(name=TASK_NAME, bind=True)  # type: ignore[untyped-decorator]
