@@ -5,6 +5,7 @@ import secrets
 import signal
 import socket
 from functools import lru_cache
+from importlib import import_module
 
 import structlog
 from celery import Celery, shared_task
@@ -45,6 +46,16 @@ def _listen_for_drain(**_: object) -> None:
     signal.signal(DRAIN_SIGNAL, drain)
 
 
+@worker_process_init.connect  # type: ignore[untyped-decorator]
+def _load(**_: object) -> None:
+    """Load torch and transformers in the child that works, before there is any work for it.
+
+    Not in Celery's parent process, which needs neither; and not after a claim, which may be over
+    before they are loaded.
+    """
+    import_module("workers.pipeline.run")
+
+
 @lru_cache
 def _process_engine() -> Engine:
     """Return this process's own connections; children are spawned, so none is inherited."""
@@ -60,10 +71,6 @@ def _owner() -> str:
 @shared_task(name=TASK_NAME, bind=True)  # type: ignore[untyped-decorator]
 def run_unit(self: object, unit_id: str) -> None:
     """Look at a unit of work; a unit that is held or over needs nothing."""
-    # torch and transformers are loaded by the child that works, not by Celery's parent process; and
-    # before the claim: on a slow machine it may take longer than a lease
-    import workers.pipeline.run  # noqa: F401
-
     settings = get_settings()
     engine = _process_engine()
     claim = work.claim(engine, unit_id, owner=_owner(), lease_seconds=settings.lease_seconds)
@@ -92,7 +99,7 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     Returns:
         Ids of the units that became ready.
     """
-    # ruff: noqa: PLC0415  as above
+    # ruff: noqa: PLC0415  the parent process imports this module too
     from workers.pipeline.rank import remove_if_deleted
     from workers.pipeline.run import run_stage
 
