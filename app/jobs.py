@@ -73,7 +73,7 @@ def make_celery(settings: Settings) -> Celery:
         worker_pool_start_method="spawn",  # CUDA cannot be used after fork
         # A spawned child imports the service before it answers. The default of 4 s killed it on a
         # busy machine, and every one after it.
-        worker_proc_alive_timeout=120,
+        worker_proc_alive_timeout=300,
         worker_max_tasks_per_child=200,
         worker_soft_shutdown_timeout=60,
         worker_enable_soft_shutdown_on_idle=True,
