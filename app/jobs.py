@@ -32,7 +32,7 @@ MAX_PAUSE = 5.0
 log = structlog.get_logger()
 
 
-class _Connection(Connection):
+class _Connection(Connection):  # type: ignore[misc]  # Celery has no types
     """Looks for a broker that is away every few seconds, however long it was away.
 
     By default the pause grows to 30 seconds; work shall flow within 30 after the broker's return.
@@ -42,7 +42,7 @@ class _Connection(Connection):
         return super().ensure_connection(*arguments, **{"interval_max": MAX_PAUSE, **options})
 
 
-class _Amqp(AMQP):
+class _Amqp(AMQP):  # type: ignore[misc]
     Connection = _Connection
 
 
@@ -77,7 +77,7 @@ def make_celery(settings: Settings) -> Celery:
         worker_pool_start_method="spawn",  # CUDA cannot be used after fork
         # A spawned child imports the service before it answers. The default of 4 s killed it on a
         # busy machine, and every one after it.
-        worker_proc_alive_timeout=120,
+        worker_proc_alive_timeout=300,
         worker_max_tasks_per_child=200,
         worker_soft_shutdown_timeout=60,
         worker_enable_soft_shutdown_on_idle=True,

@@ -97,6 +97,13 @@ class Bench:
         (found,) = self.cluster.query(statement, **values)
         return found
 
+    def num_again(self) -> int:
+        """Return how many units of the audit were begun again, each as often as it was."""
+        statement = (
+            "SELECT sum(greatest(attempts - 1, 0)) AS again FROM work_units WHERE audit_id = :audit"
+        )
+        return int(self._row(statement, audit=self.audit_id).again)
+
     def until(self, holds: Callable[[], Any], *, seconds: float = 180) -> float:
         """Return after how many seconds something held."""
         started = time.monotonic()
@@ -112,7 +119,6 @@ class Bench:
 def dead_worker(bench: Bench) -> tuple[float, float, int]:
     """Kill a worker; return when its unit is offered and taken, and how many units were redone."""
     bench.begin("fine_tune", epochs=100)
-    before = sum(row.attempts for row in bench.cluster.query("SELECT attempts FROM work_units"))
     ((unit_id, epoch, owner),) = bench.held("fine_tune")
     os.kill(int(owner.rpartition(":")[2]), signal.SIGKILL)
     killed = time.monotonic()
@@ -120,9 +126,9 @@ def dead_worker(bench: Bench) -> tuple[float, float, int]:
     offered = time.monotonic() - killed
     bench.until(lambda: bench.unit(unit_id).epoch > epoch)
     taken = time.monotonic() - killed
-    after = sum(row.attempts for row in bench.cluster.query("SELECT attempts FROM work_units"))
+    again = bench.num_again()
     bench.end()
-    return offered, taken, after - before
+    return offered, taken, again
 
 
 def after_broker(bench: Bench) -> float:

@@ -1,10 +1,12 @@
 """The one task: claim a unit of work, run its stage, save, say what is next."""
 
 import os
+import secrets
 import signal
 import socket
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from importlib import import_module
 
 import structlog
 from celery import Celery, shared_task
@@ -59,23 +61,31 @@ def _listen_for_drain(**_: object) -> None:
     signal.signal(DRAIN_SIGNAL, drain)
 
 
+@worker_process_init.connect  # type: ignore[untyped-decorator]
+def _load(**_: object) -> None:
+    """Load torch and transformers in the child that works, before there is any work for it.
+
+    Not in Celery's parent process, which needs neither; and not after a claim, which may be over
+    before they are loaded.
+    """
+    import_module("workers.pipeline.run")
+
+
 @lru_cache
 def _process_engine() -> Engine:
     """Return this process's own connections; children are spawned, so none is inherited."""
     return make_engine(get_settings().require_database_url(), owner=_owner())
 
 
+@lru_cache
 def _owner() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """Return this process's name: no other has it, not even the one that it takes the place of."""
+    return f"{socket.gethostname()}:{secrets.token_hex(4)}:{os.getpid()}"
 
 
 @shared_task(name=TASK_NAME, bind=True)  # type: ignore[untyped-decorator]
 def run_unit(self: object, unit_id: str) -> None:
     """Do the unit whose turn it is; the one that is named says only where to look."""
-    # torch and transformers are loaded by the child that works, not by Celery's parent process; and
-    # before the claim: on a slow machine it may take longer than a lease
-    import workers.pipeline.run  # noqa: F401
-
     settings = get_settings()
     engine = _process_engine()
     celery: Celery = self.app  # type: ignore[attr-defined]  # bound task
@@ -118,7 +128,7 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     Returns:
         Ids of the units that became ready.
     """
-    # ruff: noqa: PLC0415  as above
+    # ruff: noqa: PLC0415  the parent process imports this module too
     from workers.pipeline.rank import remove_if_deleted
     from workers.pipeline.run import run_stage
 

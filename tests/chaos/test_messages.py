@@ -31,7 +31,7 @@ def finish(cluster: Cluster) -> dict[str, Any]:
     answer = cluster.http.post("/v1/audits", json=body)
     assert answer.status_code == 202, answer.text
     path = answer.headers["Location"]
-    cluster.wait_for(lambda: cluster.http.get(path).json()["done"], seconds=240)
+    cluster.wait_for(lambda: cluster.http.get(path).json()["done"], seconds=600)
     audit: dict[str, Any] = cluster.http.get(path).json()
     return audit
 

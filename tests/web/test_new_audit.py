@@ -169,6 +169,12 @@ def test_progress_is_live(site: str, engine: Engine, tab: Watched) -> None:
     expect(page.locator("[data-stage]")).to_have_text("gradients")
     expect(page.locator("[data-detail]")).to_contain_text("42 %")
     expect(page.locator("[data-eta]")).to_have_text("1 min 15 s")
+    with Session(engine) as session, session.begin():
+        row = session.get_one(Audit, audit.id)
+        row.waiting, row.version = "storage", 8
+    expect(page.locator("[data-stage]")).to_have_text("waiting: storage")
+    page.reload()
+    expect(page.locator("[data-stage]")).to_have_text("waiting: storage")
     page.get_by_role("button", name="Cancel this audit").click()
     expect(page.get_by_text("The audit will end within seconds")).to_be_visible()
     deadline = time.monotonic() + 10

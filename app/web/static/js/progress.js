@@ -16,7 +16,7 @@ function showProgress(place, audit) {
   const left = audit.eta_seconds === null ? "" : ` · ${duration(audit.eta_seconds)} left`;
   const texts = {
     "[data-detail]": `${Math.floor(100 * audit.progress)} %${left}`,
-    "[data-stage]": audit.stage || "waiting for a worker",
+    "[data-stage]": audit.waiting ? `waiting: ${audit.waiting}` : audit.stage || "waiting for a worker",
     "[data-rate]": audit.samples_per_second ? Math.round(audit.samples_per_second) : "–",
     "[data-eta]": audit.eta_seconds === null ? "–" : duration(audit.eta_seconds),
   };
