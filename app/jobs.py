@@ -51,6 +51,9 @@ def make_celery(settings: Settings) -> Celery:
         worker_pool="prefork",
         worker_concurrency=1,
         worker_pool_start_method="spawn",  # CUDA cannot be used after fork
+        # a spawned child imports all it needs first; after Celery's own 4 s it would be killed and
+        # started again on a busy machine, without end
+        worker_proc_alive_timeout=120,
         worker_max_tasks_per_child=200,
         worker_soft_shutdown_timeout=60,
         worker_enable_soft_shutdown_on_idle=True,
