@@ -21,7 +21,7 @@ from app.db import new_id, transaction
 from app.errors import Conflict, FieldConflict, InvalidRequest, NotFound
 from app.limits.quotas import check_worker_time
 from app.settings import Settings
-from app.trail.service import Action, record
+from app.trail.service import TrailAction, record
 from app.work.repository import add_ranking_unit
 
 RETRY_SECONDS = 2
@@ -96,7 +96,7 @@ def submit(
         session.add(ranking)
         session.flush()
         unit_ids = add_ranking_unit(session, ranking)
-        record(session, Action.RANKING_SUBMIT, ranking.id, tenant=tenant)
+        record(session, TrailAction.RANKING_SUBMIT, ranking.id, tenant=tenant)
     log.info("ranking_accepted", audit_id=audit_id, ranking_id=ranking.id, tenant=tenant)
     return RankingSubmission(ranking, unit_ids, is_replay=False)
 
@@ -189,7 +189,7 @@ def delete(
                 state=ranking.state,
             )
         session.delete(ranking)
-        record(session, Action.RANKING_DELETE, ranking_id, tenant=tenant)
+        record(session, TrailAction.RANKING_DELETE, ranking_id, tenant=tenant)
     folder = audit_folder(settings.data_dir, audit_id) / ranking.folder
     shutil.rmtree(folder, ignore_errors=True)
     log.info("ranking_deleted", audit_id=audit_id, ranking_id=ranking_id)

@@ -32,7 +32,7 @@ from app.errors import Conflict, InvalidRequest, NotFound
 from app.limits.quotas import check_room
 from app.references import UploadReference
 from app.settings import Settings
-from app.trail.service import Action, record
+from app.trail.service import TrailAction, record
 
 HEAD_BYTES = 4096
 CHUNK_BYTES = 1024**2
@@ -140,7 +140,7 @@ def store_dataset(
                     num_bytes=dataset.num_bytes,
                 )
                 session.add(dataset)
-                record(session, Action.DATASET_UPLOAD, dataset_id, tenant=tenant)
+                record(session, TrailAction.DATASET_UPLOAD, dataset_id, tenant=tenant)
     except BaseException:
         shutil.rmtree(final.parent, ignore_errors=True)
         raise
@@ -197,7 +197,7 @@ def delete_dataset(engine: Engine, settings: Settings, *, tenant: str, dataset_i
                 "then delete the dataset."
             )
         session.delete(dataset)
-        record(session, Action.DATASET_DELETE, dataset_id, tenant=tenant)
+        record(session, TrailAction.DATASET_DELETE, dataset_id, tenant=tenant)
     path = upload_path(settings.data_dir, dataset_id, dataset.format)
     shutil.rmtree(path.parent, ignore_errors=True)
     log.info("dataset_deleted", dataset_id=dataset_id)
