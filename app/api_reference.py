@@ -18,8 +18,8 @@ INTRODUCTION = """\
 *Made by `python -m app.api_reference > docs/api.md`; change the schemas, not this page.*
 
 A running service shows the same at `/docs`, where calls can be tried, and as JSON at
-`/openapi.json`. All there is to say of an audit's options stands in [request.md](request.md), of
-errors in [errors.md](errors.md).
+`/openapi.json`. A key needs the [scope](deployment.md#access) of a call. All there is to say of an
+audit's options stands in [request.md](request.md), of errors in [errors.md](errors.md).
 """
 
 PROBLEM = "application/problem+json"
@@ -71,6 +71,8 @@ def _page(document: JsonObject) -> Iterator[str]:
 def _operation(method: str, path: str, operation: JsonObject) -> Iterator[str]:
     yield f"\n### {method} {path}\n\n**{operation['summary']}.**"
     yield _text(operation.get("description"))
+    for scope in operation.get("security", [{}])[0].get("HTTPBearer", []):
+        yield f"\nScope: `{scope}`"
     if parameters := operation.get("parameters"):
         yield "\n| parameter | in | type | default | |"
         yield "|---|---|---|---|---|"

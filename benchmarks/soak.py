@@ -192,12 +192,16 @@ def _look(server: psutil.Process, engine: Engine, data_dir: Path) -> dict[str, f
     """Return every figure by its name; its unit stands in front of the colon."""
     figures: dict[str, float] = {}
     for child in server.children():
-        words = " ".join(child.cmdline())
+        try:
+            words = " ".join(child.cmdline())
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
         name = "api" if "app.server" in words else "worker" if " worker" in words else None
         if name is not None:
             tree = [child, *child.children(recursive=True)]
-            figures[f"MB: {name}"] = sum(_pss(each) for each in tree) / 1e6
-            figures[f"handles: {name}"] = sum(each.num_fds() for each in tree)
+            sizes = [_size(each) for each in tree]
+            figures[f"MB: {name}"] = sum(memory for memory, _ in sizes) / 1e6
+            figures[f"handles: {name}"] = sum(handles for _, handles in sizes)
     with engine.connect() as connection:
         figures["connections"] = connection.execute(
             text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
@@ -207,21 +211,20 @@ def _look(server: psutil.Process, engine: Engine, data_dir: Path) -> dict[str, f
             figures[f"rows: {table}"] = connection.execute(count).scalar_one()
         size = text("SELECT pg_database_size(current_database()) / 1e6")
         figures["MB: database"] = float(connection.execute(size).scalar_one())
-    files = [
-        path
-        for path in data_dir.rglob("*")
-        if path.is_file() and "postgres" not in path.relative_to(data_dir).parts[:1]
-    ]
-    figures["files: data directory"] = len(files)
+    figures["files: data directory"] = sum(
+        len(files)
+        for folder, _, files in os.walk(data_dir)  # it takes folders that vanish meanwhile
+        if not Path(folder).is_relative_to(data_dir / "postgres")
+    )
     return figures
 
 
-def _pss(process: psutil.Process) -> float:
-    """Return a process's memory, shared pages divided among those that share them."""
+def _size(process: psutil.Process) -> tuple[float, int]:
+    """Return a process's memory and handles; pages are divided among those that share them."""
     try:
-        return float(process.memory_full_info().pss)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0.0
+        return float(process.memory_full_info().pss), process.num_fds()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended meanwhile
+        return 0.0, 0
 
 
 def _tell(seconds: float, look: dict[str, float], load: _Load) -> None:

@@ -23,7 +23,7 @@ from app.failpoints import reach
 from app.limits.quotas import check_worker_time
 from app.settings import Settings
 from app.storage import require_room
-from app.trail.service import Action, record
+from app.trail.service import TrailAction, record
 from app.work.leftovers import note_leftover
 from app.work.repository import add_ranking_unit
 
@@ -101,7 +101,7 @@ def submit(
         session.add(ranking)
         session.flush()
         unit_ids = add_ranking_unit(session, ranking)
-        record(session, Action.RANKING_SUBMIT, ranking.id, tenant=tenant)
+        record(session, TrailAction.RANKING_SUBMIT, ranking.id, tenant=tenant)
         reach("submit.before_commit", "ranking")
     reach("submit.after_commit", "ranking")
     log.info("ranking_accepted", audit_id=audit_id, ranking_id=ranking.id, tenant=tenant)
@@ -198,7 +198,7 @@ def delete(
         folder = audit_folder(settings.data_dir, audit_id) / ranking.folder
         note_leftover(session, settings, folder)
         session.delete(ranking)
-        record(session, Action.RANKING_DELETE, ranking_id, tenant=tenant)
+        record(session, TrailAction.RANKING_DELETE, ranking_id, tenant=tenant)
     shutil.rmtree(folder, ignore_errors=True)
     log.info("ranking_deleted", audit_id=audit_id, ranking_id=ranking_id)
 

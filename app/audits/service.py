@@ -22,7 +22,7 @@ from app.failpoints import reach
 from app.limits.quotas import check_audits
 from app.settings import Settings
 from app.storage import require_room
-from app.trail.service import Action, record
+from app.trail.service import TrailAction, record
 from app.work.leftovers import note_leftover
 from app.work.models import Stage
 from app.work.repository import add_units, request_cancel
@@ -96,7 +96,7 @@ def submit(
         session.add(audit)
         session.flush()
         unit_ids = add_units(session, audit.id, Stage.PREPARE)
-        record(session, Action.AUDIT_SUBMIT, audit.id, tenant=tenant)
+        record(session, TrailAction.AUDIT_SUBMIT, audit.id, tenant=tenant)
         reach("submit.before_commit", "audit")
     reach("submit.after_commit", "audit")
     log.info("audit_accepted", audit_id=audit.id, tenant=tenant)
@@ -149,7 +149,7 @@ def cancel(engine: Engine, *, tenant: str, audit_id: str) -> Audit:
             )
         if state is not AuditState.CANCELLED:
             if audit.cancel_requested_at is None:
-                record(session, Action.AUDIT_CANCEL, audit.id, tenant=tenant)
+                record(session, TrailAction.AUDIT_CANCEL, audit.id, tenant=tenant)
             request_cancel(session, audit)
             session.flush()
             session.refresh(audit)
@@ -188,7 +188,7 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, audit_id: str) ->
             )
         note_leftover(session, settings, audit_folder(settings.data_dir, audit_id))
         session.delete(audit)
-        record(session, Action.AUDIT_DELETE, audit_id, tenant=tenant)
+        record(session, TrailAction.AUDIT_DELETE, audit_id, tenant=tenant)
     shutil.rmtree(audit_folder(settings.data_dir, audit_id), ignore_errors=True)
     log.info("audit_deleted", audit_id=audit_id)
 

@@ -34,7 +34,7 @@ from app.limits.quotas import check_room
 from app.references import UploadReference
 from app.settings import Settings
 from app.storage import require_room
-from app.trail.service import Action, record
+from app.trail.service import TrailAction, record
 from app.work.leftovers import note_leftover
 
 HEAD_BYTES = 4096
@@ -152,7 +152,7 @@ def store_dataset(
                     num_bytes=dataset.num_bytes,
                 )
                 session.add(dataset)
-                record(session, Action.DATASET_UPLOAD, dataset_id, tenant=tenant)
+                record(session, TrailAction.DATASET_UPLOAD, dataset_id, tenant=tenant)
     except BaseException:
         shutil.rmtree(final.parent, ignore_errors=True)
         raise
@@ -211,7 +211,7 @@ def delete_dataset(engine: Engine, settings: Settings, *, tenant: str, dataset_i
         path = upload_path(settings.data_dir, dataset_id, dataset.format)
         note_leftover(session, settings, path.parent)
         session.delete(dataset)
-        record(session, Action.DATASET_DELETE, dataset_id, tenant=tenant)
+        record(session, TrailAction.DATASET_DELETE, dataset_id, tenant=tenant)
     shutil.rmtree(path.parent, ignore_errors=True)
     log.info("dataset_deleted", dataset_id=dataset_id)
 

@@ -22,8 +22,7 @@ from app.decisions.schemas import ANONYMOUS, DecisionRequest, UndoRequest
 from app.errors import Conflict, InvalidRequest, NotFound
 from app.keys.service import Caller
 from app.settings import Settings
-from app.trail.service import Action as Trail
-from app.trail.service import record
+from app.trail.service import TrailAction, record
 
 NUM_NAMED = 10
 MANY_SAMPLES = 10_000
@@ -109,7 +108,7 @@ def decide(
         audit.decision_version = batch.version
         audit.num_decided += counts.num_more
         audit.version += 1
-        record(session, Trail.DECISION_MAKE, batch.id, tenant=audit.tenant)
+        record(session, TrailAction.DECISION_MAKE, batch.id, tenant=audit.tenant)
     _tell_planner(engine, batch)
     log.info("decided", audit_id=audit_id, batch_id=batch.id, num_changed=batch.num_changed)
     return Stored(batch)
@@ -186,7 +185,7 @@ def undo(
         )
         audit.num_decided += counts.num_more
         batch.num_kept = repository.num_touched(session, batch) - counts.num_changed
-        record(session, Trail.DECISION_UNDO, batch.id, tenant=audit.tenant)
+        record(session, TrailAction.DECISION_UNDO, batch.id, tenant=audit.tenant)
     _tell_planner(engine, batch)
     log.info("decision_undone", audit_id=audit_id, batch_id=batch_id)
     return Stored(batch)

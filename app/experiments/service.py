@@ -26,7 +26,7 @@ from app.experiments.standing import Standing
 from app.limits.quotas import check_audits
 from app.settings import Settings
 from app.storage import require_room
-from app.trail.service import Action, record
+from app.trail.service import TrailAction, record
 from app.work.leftovers import note_leftover
 from app.work.models import Stage
 from app.work.repository import add_units, request_cancel
@@ -141,7 +141,7 @@ def submit(
         check_audits(session, settings, tenant=tenant, num_new=len(audits))
         _keep_uploads(session, tenant, checked)
         session.add(experiment)
-        record(session, Action.EXPERIMENT_SUBMIT, experiment.id, tenant=tenant)
+        record(session, TrailAction.EXPERIMENT_SUBMIT, experiment.id, tenant=tenant)
         session.flush()
         session.add_all(audits)
         session.flush()
@@ -285,7 +285,7 @@ def cancel(engine: Engine, *, tenant: str, experiment_id: str) -> ExperimentWith
         if found.state is ExperimentState.RUNNING:
             if experiment.cancel_requested_at is None:
                 experiment.cancel_requested_at = func.now()
-                record(session, Action.EXPERIMENT_CANCEL, experiment.id, tenant=tenant)
+                record(session, TrailAction.EXPERIMENT_CANCEL, experiment.id, tenant=tenant)
             for audit in found.audits:
                 if not AuditState(audit.state).is_final:
                     request_cancel(session, audit)
@@ -326,7 +326,7 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, experiment_id: st
         for audit_id in audit_ids:
             note_leftover(session, settings, audit_folder(settings.data_dir, audit_id))
         session.delete(experiment)  # the database removes its audits with it
-        record(session, Action.EXPERIMENT_DELETE, experiment_id, tenant=tenant)
+        record(session, TrailAction.EXPERIMENT_DELETE, experiment_id, tenant=tenant)
     for audit_id in audit_ids:
         shutil.rmtree(audit_folder(settings.data_dir, audit_id), ignore_errors=True)
     log.info("experiment_deleted", experiment_id=experiment_id)

@@ -14,7 +14,7 @@ from app.errors import Conflict, NotFound
 from app.keys.models import ApiKey
 from app.keys.scopes import ALL_SCOPES, Scope, in_order
 from app.limits.models import TenantLimits
-from app.trail.service import Action, record
+from app.trail.service import TrailAction, record
 
 KEY_PREFIX = "wnw_"
 LAST_USED_PRECISION = timedelta(minutes=1)  # a write per request would cost more than it tells
@@ -103,7 +103,7 @@ def create_key(
     )
     with transaction(engine) as session:
         session.add(key)
-        record(session, Action.KEY_CREATE, key.id, tenant=tenant)
+        record(session, TrailAction.KEY_CREATE, key.id, tenant=tenant)
     return _shown(key, secret)
 
 
@@ -124,7 +124,7 @@ def rotate_key(engine: Engine, key_id: str, *, valid_days: int, overlap_hours: f
         key.previous_until = min(key.expires_at, now + timedelta(hours=overlap_hours))
         key.sha256 = _digest(secret)
         key.expires_at = now + timedelta(days=valid_days)
-        record(session, Action.KEY_ROTATE, key.id, tenant=key.tenant)
+        record(session, TrailAction.KEY_ROTATE, key.id, tenant=key.tenant)
     return _shown(key, secret)
 
 
@@ -144,7 +144,7 @@ def revoke_key(engine: Engine, key_id: str) -> None:
         key = _find(session, key_id)
         if key.revoked_at is None:
             key.revoked_at = datetime.now(UTC)
-            record(session, Action.KEY_REVOKE, key.id, tenant=key.tenant)
+            record(session, TrailAction.KEY_REVOKE, key.id, tenant=key.tenant)
 
 
 def _find(session: Session, key_id: str) -> ApiKey:

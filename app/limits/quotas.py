@@ -15,7 +15,7 @@ from app.db import transaction
 from app.errors import QuotaExceeded
 from app.limits.models import TenantLimits, WorkerUsage
 from app.settings import Settings
-from app.trail.service import Action, record
+from app.trail.service import TrailAction, record
 
 LIMITS = (
     "requests_per_minute",
@@ -146,7 +146,7 @@ def set_limits(engine: Engine, tenant: str, changes: dict[str, int | None]) -> N
     with transaction(engine) as session:
         row = insert(TenantLimits).values(tenant=tenant, **changes)
         session.execute(row.on_conflict_do_update(index_elements=["tenant"], set_=changes))
-        record(session, Action.LIMITS_SET, tenant, tenant=tenant)
+        record(session, TrailAction.LIMITS_SET, tenant, tenant=tenant)
 
 
 def list_limits(engine: Engine) -> list[TenantLimits]:

@@ -11,7 +11,7 @@ from app.dependencies import EngineDep, TenantDep
 from app.errors import InvalidRequest, problem_responses
 from app.pagination import Cursor, Limit, Page, cut_page, decode_cursor, encode_cursor, link_next
 from app.trail import service
-from app.trail.service import Action
+from app.trail.service import TrailAction
 
 router = APIRouter(prefix="/v1/trail", tags=["trail"])
 
@@ -27,7 +27,7 @@ class TrailEntry(BaseModel):
     at: datetime
     actor: str = Field(description="The key's name; `operator` at the command line.")
     key_id: str | None = Field(description="Null where no key was used.")
-    action: Action
+    action: TrailAction
     object_id: str = Field(description="What it was done to.")
     request_id: str | None = Field(
         description="The call's `X-Request-Id`, as in the service's log; null at the command line."
@@ -41,7 +41,7 @@ def list_trail(
     response: Response,
     engine: EngineDep,
     tenant: TenantDep,
-    action: Annotated[Action | None, Query(description="Only this.")] = None,
+    action: Annotated[TrailAction | None, Query(description="Only this.")] = None,
     object_id: Annotated[Id, Query(description="Only what was done to this.")] = None,
     key_id: Annotated[Id, Query(description="Only what this key did.")] = None,
     created_after: Annotated[AwareDatetime | None, Query(description="From this time on.")] = None,

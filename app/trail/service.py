@@ -13,7 +13,7 @@ from app.trail.models import TrailEntry
 OPERATOR = "operator"
 
 
-class Action(StrEnum):
+class TrailAction(StrEnum):
     """What can be done."""
 
     AUDIT_SUBMIT = "audit.submit"
@@ -54,7 +54,7 @@ def acting(engine: Engine, actor: Actor) -> Engine:
     return engine.execution_options(winnow_actor=actor)
 
 
-def record(session: Session, action: Action, object_id: str, *, tenant: str) -> None:
+def record(session: Session, action: TrailAction, object_id: str, *, tenant: str) -> None:
     """Note a change, if the caller's transaction holds.
 
     Args:
@@ -83,7 +83,7 @@ def list_entries(
     *,
     limit: int,
     before_id: str | None = None,
-    action: Action | None = None,
+    action: TrailAction | None = None,
     object_id: str | None = None,
     key_id: str | None = None,
     created_after: datetime | None = None,

@@ -19,7 +19,7 @@ from app.keys.cookie import forget_key, keep_key, local_path, refuse_other_sites
 from app.keys.scopes import Scope
 from app.keys.service import caller_of
 from app.pagination import cut_page
-from app.trail.service import Action, record
+from app.trail.service import TrailAction, record
 from app.web.addresses import query_string, read_filter
 from app.web.names import DatasetNames
 from app.web.overview import chosen_configurations, overview_of
@@ -178,7 +178,7 @@ def sign_in(
         status = HTTPStatus.UNAUTHORIZED if caller is None else HTTPStatus.FORBIDDEN
         return page("sign_in.html", request, status=status, to=local_path(to), error=error)
     with transaction(engine_of(request, engine, caller)) as session:
-        record(session, Action.SIGN_IN, caller.key_id or "", tenant=caller.tenant)
+        record(session, TrailAction.SIGN_IN, caller.key_id or "", tenant=caller.tenant)
     response = RedirectResponse(local_path(to), HTTPStatus.SEE_OTHER)
     keep_key(response, request, secret)
     return response

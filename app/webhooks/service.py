@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app.db import new_id, transaction
 from app.errors import Conflict, NotFound
 from app.settings import Settings
-from app.trail.service import Action, record
+from app.trail.service import TrailAction, record
 from app.webhooks.addresses import check_url
 from app.webhooks.models import (
     MAX_TRIES,
@@ -51,7 +51,7 @@ def create(engine: Engine, settings: Settings, *, tenant: str, request: WebhookR
         if (session.scalar(count) or 0) >= MAX_WEBHOOKS:
             raise Conflict(f"There are {MAX_WEBHOOKS} webhooks, the most there may be. Delete one.")
         session.add(webhook)
-        record(session, Action.WEBHOOK_CREATE, webhook.id, tenant=tenant)
+        record(session, TrailAction.WEBHOOK_CREATE, webhook.id, tenant=tenant)
         session.flush()
         session.refresh(webhook)
     log.info("webhook_created", webhook_id=webhook.id, tenant=tenant)
@@ -91,7 +91,7 @@ def delete(engine: Engine, *, tenant: str, webhook_id: str) -> None:
     """
     with transaction(engine) as session:
         session.delete(_find(session, tenant, webhook_id, lock=True))
-        record(session, Action.WEBHOOK_DELETE, webhook_id, tenant=tenant)
+        record(session, TrailAction.WEBHOOK_DELETE, webhook_id, tenant=tenant)
     log.info("webhook_deleted", webhook_id=webhook_id)
 
 
@@ -105,7 +105,7 @@ def rotate(engine: Engine, *, tenant: str, webhook_id: str) -> Webhook:
         webhook = _find(session, tenant, webhook_id, lock=True)
         webhook.previous_secret, webhook.secret = webhook.secret, _new_secret()
         webhook.previous_secret_until = datetime.now(UTC) + PREVIOUS_SECRET_KEPT
-        record(session, Action.WEBHOOK_ROTATE, webhook_id, tenant=tenant)
+        record(session, TrailAction.WEBHOOK_ROTATE, webhook_id, tenant=tenant)
     log.info("webhook_rotated", webhook_id=webhook_id)
     return webhook
 
@@ -122,7 +122,7 @@ def send_test(engine: Engine, *, tenant: str, webhook_id: str) -> WebhookDeliver
         _check_enabled(webhook)
         delivery = new_delivery(webhook.id, TEST_TYPE, {"id": webhook.id})
         session.add(delivery)
-        record(session, Action.WEBHOOK_TEST, webhook_id, tenant=tenant)
+        record(session, TrailAction.WEBHOOK_TEST, webhook_id, tenant=tenant)
         session.flush()
         session.refresh(delivery)
     return delivery
@@ -167,7 +167,7 @@ def redeliver(engine: Engine, *, tenant: str, webhook_id: str, delivery_id: str)
         delivery.next_attempt_at = func.now()
         delivery.lease_until = delivery.finished_at = None
         delivery.tries_left = MAX_TRIES
-        record(session, Action.DELIVERY_RESEND, delivery_id, tenant=tenant)
+        record(session, TrailAction.DELIVERY_RESEND, delivery_id, tenant=tenant)
         session.flush()
         session.refresh(delivery)
     return delivery

@@ -14,14 +14,19 @@ from app.keys.service import create_key, revoke_key, rotate_key
 from app.limits.quotas import set_limits
 from app.settings import Settings
 from app.trail.models import TrailEntry
-from app.trail.service import Action, Actor, acting, record
+from app.trail.service import Actor, TrailAction, acting, record
 from app.work.reconciler import reconcile
 from tests.app.walking import call, changing_routes, make_things
 from tests.factories import make_audit, request_body
 
 SAME = {"Sec-Fetch-Site": "same-origin"}
 AT_THE_COMMAND_LINE = {
-    *(Action.KEY_CREATE, Action.KEY_ROTATE, Action.KEY_REVOKE, Action.LIMITS_SET)
+    *(
+        TrailAction.KEY_CREATE,
+        TrailAction.KEY_ROTATE,
+        TrailAction.KEY_REVOKE,
+        TrailAction.LIMITS_SET,
+    )
 }
 
 
@@ -65,7 +70,7 @@ def test_every_changing_route_leaves_one_entry(
             known.add(response.json()["id"])
         assert entry.object_id in known, f"{method} {path}"
         seen.add(entry.action)
-    assert seen == set(Action) - AT_THE_COMMAND_LINE
+    assert seen == set(TrailAction) - AT_THE_COMMAND_LINE
 
 
 def test_what_changed_nothing_leaves_no_entry(client: TestClient, engine: Engine) -> None:
@@ -75,14 +80,14 @@ def test_what_changed_nothing_leaves_no_entry(client: TestClient, engine: Engine
     for _ in range(2):
         client.post(f"/v1/audits/{audit_id}/cancel")
     actions = [entry.action for entry in entries(engine) if entry.object_id == audit_id]
-    assert actions == [Action.AUDIT_SUBMIT, Action.AUDIT_CANCEL]
+    assert actions == [TrailAction.AUDIT_SUBMIT, TrailAction.AUDIT_CANCEL]
 
 
 def test_an_entry_is_gone_with_a_change_that_is_rolled_back(engine: Engine) -> None:
     ours = acting(of_tenant(engine, "default"), Actor("anna", "key_1", "req_1"))
     audit = make_audit(engine)
     with Session(ours) as session:
-        record(session, Action.AUDIT_CANCEL, audit.id, tenant="default")
+        record(session, TrailAction.AUDIT_CANCEL, audit.id, tenant="default")
         session.flush()
         session.rollback()
     assert entries(engine) == []

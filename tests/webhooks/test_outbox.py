@@ -229,7 +229,7 @@ def test_a_webhook_that_is_deleted_meanwhile_fails_no_audit(engine: Engine) -> N
         assert session.get_one(Audit, audit.id).state == AuditState.FAILED
 
 
-def test_old_deliveries_are_forgotten(engine: Engine) -> None:
+def test_old_deliveries_are_forgotten(engine: Engine, settings: Settings) -> None:
     make_webhook(engine)
     for _ in range(2):
         cancel(engine, make_audit(engine).id)
@@ -240,5 +240,5 @@ def test_old_deliveries_are_forgotten(engine: Engine) -> None:
             .where(WebhookDelivery.id == old.id)
             .values(created_at=long_ago())
         )
-        _forget_old_rows(session)
+        _forget_old_rows(session, settings)
     assert [each.id for each in owed(engine)] == [new.id]
