@@ -26,6 +26,7 @@ from app.errors import NotFound
 from app.keys import service as keys
 from app.keys.models import ApiKey
 from app.keys.service import NewKey
+from app.migrate import MigrationBlocked
 from app.migrate import migrate as upgrade
 from app.server import RefusedToStart, open_socket, run_api
 from app.settings import MissingSetting, Settings, get_settings
@@ -36,6 +37,7 @@ from app.work.purging import Purged
 EXPLAINED = (
     BackupRefused,
     DataDirectoryInUse,
+    MigrationBlocked,
     MissingSetting,
     NotFound,
     OperationalError,
