@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint format supply-chain clean
 
 install: .venv/installed
 
@@ -28,9 +28,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+supply-chain: install
+	$(BIN)/python -m supply_chain --sbom sbom.cdx.json
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .winnow .winnow-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .winnow .winnow-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis sbom.cdx.json

@@ -8,24 +8,19 @@ from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from packaging.requirements import Requirement
 from pydantic import ValidationError
-from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 from winnow.commands.findings import Finding
 
-from app.db import make_engine
-from app.health import check_broker, check_storage, check_worker
-from app.jobs import make_celery
-from app.migrate import alembic_config
+from app.doctor_servers import check_servers
+from app.health import check_storage
 from app.settings import Settings
 from app.storage import LEAST_FREE_BYTES
 from app.verbs import explain
 
 ENOUGH_FREE_BYTES = 10 * 1024**3  # a gradient cache may take twice as much, an upload a fifth
 TORCH_SECONDS = 120.0
+SIGN_OF_LIFE_SECONDS = 10
 SHOWN = ("torch", "transformers", "peft", "celery", "sqlalchemy", "fastapi")
 
 _LOOK_AT_TORCH = """
@@ -47,6 +42,7 @@ def look_around() -> Iterator[Finding]:
     except ValidationError as error:
         yield Finding("settings", "fail", explain(error), "Correct these environment variables.")
         return
+    yield check_settings(settings)
     yield check_gpu(settings)
     yield check_disk(settings)
     if settings.database_url is None:
@@ -146,35 +142,49 @@ def check_disk(settings: Settings) -> Finding:
     )
 
 
-def check_servers(settings: Settings) -> Iterator[Finding]:
-    """Ask database, broker and, in the database, for the workers."""
-    engine = make_engine(settings.require_database_url())
-    try:
-        yield _check_database(engine)
-        if settings.broker_url is None:
-            advice = "Set it to a Redis or Valkey address, redis://host:6379/0."
-            yield Finding("broker", "fail", "WINNOW_BROKER_URL is not set.", advice)
-        else:
-            broker = check_broker(make_celery(settings))
-            yield Finding("broker", "ok" if broker.ok else "fail", broker.detail)
-        workers = check_worker(engine, settings)
-        yield Finding("workers", "ok" if workers.ok else "fail", workers.detail)
-    finally:
-        engine.dispose()
+def check_settings(settings: Settings) -> Finding:
+    """Look for settings that are each right and do not go together."""
+    wrong = [sentence for is_so, sentence in _contradictions(settings) if is_so]
+    if wrong:
+        advice = "docs/configuration.md says what each is for."
+        return Finding("settings", "warn", " ".join(wrong), advice)
+    return Finding("settings", "ok", "They go together.")
 
 
-def _check_database(engine: Engine) -> Finding:
-    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
-    try:
-        with engine.connect() as connection:
-            current = MigrationContext.configure(connection).get_current_revision()
-    except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        advice = "Start PostgreSQL, or correct WINNOW_DATABASE_URL."
-        return Finding("database", "fail", f"It cannot be reached: {reason}", advice)
-    if current != head:
-        has = f"It has the schema {current}" if current else "It has no tables"
-        return Finding(
-            "database", "fail", f"{has}; this version needs {head}.", "Run `winnow migrate`."
-        )
-    return Finding("database", "ok", f"It answers and has the schema {head}.")
+def _contradictions(settings: Settings) -> Iterator[tuple[bool, str]]:
+    yield (
+        3 * settings.heartbeat_seconds > settings.lease_seconds,
+        (
+            "WINNOW_LEASE_SECONDS is less than three times WINNOW_HEARTBEAT_SECONDS: a worker that "
+            "misses one renewal loses its work."
+        ),
+    )
+    yield (
+        settings.worker_stale_seconds < 2 * SIGN_OF_LIFE_SECONDS,
+        (
+            f"WINNOW_WORKER_STALE_SECONDS is less than {2 * SIGN_OF_LIFE_SECONDS}: workers, which "
+            f"tell of themselves every {SIGN_OF_LIFE_SECONDS} s, count as gone."
+        ),
+    )
+    yield (
+        0 < settings.audit_days < settings.influence_days,
+        "WINNOW_AUDIT_DAYS is less than WINNOW_INFLUENCE_DAYS: influence goes with its audit.",
+    )
+    yield (
+        (settings.database_url is None) != (settings.broker_url is None),
+        (
+            "Only one of WINNOW_DATABASE_URL and WINNOW_BROKER_URL is set: `winnow api` and "
+            "`winnow worker` need both."
+        ),
+    )
+    missing = [str(root) for root in settings.file_roots if not root.is_dir()]
+    yield bool(missing), f"WINNOW_FILE_ROOTS names what is no folder here: {', '.join(missing)}."
+    certificates = settings.webhook_ca_file
+    yield (
+        certificates is not None and not certificates.is_file(),
+        f"WINNOW_WEBHOOK_CA_FILE is no file here: {certificates}.",
+    )
+    yield (
+        settings.webhook_plain_http and not settings.webhook_networks,
+        "WINNOW_WEBHOOK_PLAIN_HTTP lets messages go unencrypted to public addresses.",
+    )

@@ -1,12 +1,16 @@
 """Bring a database to the current schema."""
 
+import time
 from pathlib import Path
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from psycopg.errors import LockNotAvailable
 from sqlalchemy import Connection, Engine, literal, literal_column, select, text
+from sqlalchemy.exc import OperationalError
 
 import migrations
 
@@ -16,6 +20,13 @@ MIGRATION_LOCK = (
 
 
 TENANT_ROLE = "winnow_tenant"
+PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between the tries
+
+log = structlog.get_logger()
+
+
+class MigrationBlocked(Exception):
+    """The tables could not be had; the message says what to do."""
 
 
 def make_tenant_role(connection: Connection) -> None:
@@ -45,7 +56,32 @@ def alembic_config() -> Config:
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:
-    """Upgrade (or downgrade) the schema to `revision` in one transaction."""
+    """Upgrade (or downgrade) the schema to `revision` in one transaction.
+
+    On a live database a change waits at most a few seconds for those who use a table, and gives
+    way to those who wait behind it before it tries again.
+
+    Raises:
+        MigrationBlocked: somebody kept a table all the time; nothing was changed.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            _migrate(engine, revision)
+        except OperationalError as error:
+            if not isinstance(error.orig, LockNotAvailable):
+                raise
+            log.warning("migration_waits", again_in_seconds=pause)
+            if pause is None:
+                raise MigrationBlocked(
+                    "Others use the tables all the time, so the schema could not be changed, and "
+                    "was not. Look for long transactions in pg_stat_activity, and migrate again."
+                ) from error
+            time.sleep(pause)
+        else:
+            return
+
+
+def _migrate(engine: Engine, revision: str) -> None:
     config = alembic_config()
     with engine.begin() as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})

@@ -29,6 +29,7 @@ from app.keys.scopes import read_scopes
 from app.keys.service import NewKey
 from app.limits import quotas
 from app.limits.models import TenantLimits
+from app.migrate import MigrationBlocked
 from app.migrate import migrate as upgrade
 from app.server import RefusedToStart, open_socket, run_api
 from app.settings import MissingSetting, Settings, get_settings
@@ -40,6 +41,7 @@ EXPLAINED = (
     BackupRefused,
     Conflict,
     DataDirectoryInUse,
+    MigrationBlocked,
     MissingSetting,
     NotFound,
     OperationalError,

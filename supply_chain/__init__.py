@@ -1,0 +1,1 @@
+"""What Winnow is built from: advisories, licences, a bill of materials of every pinned package."""
