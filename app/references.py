@@ -1,7 +1,7 @@
 """References: how a request names a model or a dataset, parsed strictly and never fetched here."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlencode, urlsplit
@@ -143,18 +143,15 @@ def parse_reference(text: str) -> Reference:
         )
     if not text.isprintable():
         raise InvalidReference("the reference holds a control or other unprintable character")
-    if text.startswith("upload:"):
-        return _parse_upload(text)
-    if text.startswith("file://"):
-        return _parse_file(text)
-    if text.startswith("hf://datasets/"):
-        return _parse_hub_dataset(text)
-    if text.startswith("hf://"):
-        return _parse_hub_model(text)
-    if text.startswith("https://"):
-        return _parse_web(text)
-    if text.startswith("s3://"):
-        return _parse_object(text)
+    for prefix, parse in _PARSERS.items():
+        if text.startswith(prefix):
+            reference = parse(text)
+            if len(str(reference)) > MAX_REFERENCE_CHARS:
+                raise InvalidReference(
+                    f"percent-encoded, the reference has more than {MAX_REFERENCE_CHARS:,} "
+                    "characters, the most that are taken"
+                )
+            return reference
     raise InvalidReference(
         f"{text!r} is not a reference: use {MODEL_FORMS} for a model, {DATASET_FORMS} for a dataset"
     )
@@ -381,3 +378,13 @@ def _percent_decoded(value: str, *, text: str) -> str:
     if not decoded.isprintable():
         raise InvalidReference(f"{text!r}: it encodes a control or other unprintable character")
     return decoded
+
+
+_PARSERS: dict[str, Callable[[str], Reference]] = {
+    "upload:": _parse_upload,
+    "file://": _parse_file,
+    "hf://datasets/": _parse_hub_dataset,
+    "hf://": _parse_hub_model,
+    "https://": _parse_web,
+    "s3://": _parse_object,
+}

@@ -52,10 +52,12 @@ class LoopbackHub:
     Attributes:
         endpoint: the address to give as the hub's endpoint.
         status: answer everything with this status instead, if set.
+        sends_on_to: the address of the server that has the files' bytes, if another has.
     """
 
     endpoint: str = ""
     status: int | None = None
+    sends_on_to: str | None = None
     requests: list[Request] = field(default_factory=list)
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
 
@@ -165,7 +167,13 @@ class _Handler(BaseHTTPRequestHandler):
         content = files.get("/".join(path))
         if verb != "resolve" or content is None:
             raise _HubError(404, "EntryNotFound")
-        self._send(200, content, {"X-Repo-Commit": commit, "ETag": f'"{_etag(content)}"'})
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(content)}"'}
+        if self.served.sends_on_to is None:
+            self._send(200, content, headers)
+            return
+        linked = {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(content))}
+        where = f"{self.served.sends_on_to}/{_etag(content)}"
+        self._send(302, b"", {**headers, **linked, "Location": where})
 
     def _repository(self, kind: str, repo: str) -> Repository:
         repository = self.served.repositories.get((kind, repo))

@@ -47,7 +47,7 @@ def open_parquet(path: Path, *, names: dict[ColumnField, str], limits: DatasetLi
         metadata = pq.read_metadata(path)
         schema = metadata.schema.to_arrow_schema()
         _check_pages(path, metadata)
-    except (pa.ArrowException, OSError, BadThrift) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, BadThrift) as error:
         raise DatasetError(
             f"the file is not a readable Parquet file: {first_line(error)}", code="unreadable_file"
         ) from error
@@ -167,7 +167,7 @@ def _batches(path: Path, *, wanted: dict[str, bool]) -> Iterator[pa.RecordBatch]
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(wanted)):
             if batch.num_rows:
                 yield from _in_parts(batch)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DatasetError(
             f"the Parquet file is damaged: {first_line(error)}", code="unreadable_file"
         ) from error

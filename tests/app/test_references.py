@@ -110,6 +110,7 @@ def test_accepted_forms(text: str, reference: Reference) -> None:
         ("file:///data/x.csv?split=a", "takes no options"),
         ("file:///data/x\n.csv", "unprintable"),
         ("file:///" + "x" * 2000, "at most 1,024"),
+        ("file:///" + "ü" * 400, "percent-encoded, .* more than 1,024"),
         ("hf://model", "owner/name"),
         ("hf://lab/model/file", "owner/name"),
         ("hf://lab/../model", "owner/name"),

@@ -79,6 +79,12 @@ def footer_of(length: int) -> bytes:
     return b"PAR1" + bytes(100) + struct.pack("<I", length) + b"PAR1"
 
 
+def _renamed(path: Path) -> bytes:
+    """Return a table whose column is called by bytes that are no text."""
+    table(name_of_mine=["a"], label=["b"])(path)
+    return path.read_bytes().replace(b"name_of_mine", b"name_of_\xff\xfe\xfd\xfc")
+
+
 def huge_footer(path: Path) -> None:
     with path.open("wb") as file:
         file.write(b"PAR1")
@@ -119,6 +125,12 @@ CASES: dict[str, tuple[str, Build, str, str]] = {
         "unreadable_file",
         "footer has 900,000,000 bytes",
     ),
+    "a name that is not UTF-8": (
+        "parquet",
+        lambda path: content(_renamed(path))(path),
+        "unreadable_file",
+        "utf-8",
+    ),
     "encrypted": ("parquet", content(b"PARE" + bytes(50) + b"PARE"), "unknown_format", "Parquet"),
     "100,000 columns": ("parquet", many_columns, "too_many_columns", "at most 1,000"),
     "nested types": (
@@ -146,13 +158,13 @@ CASES: dict[str, tuple[str, Build, str, str]] = {
     "a header of a gigabyte": ("csv", sparse(b"text,", 2**30), "text_too_long", "line 1"),
     "rows of long lines": (
         "jsonl",
-        repeated("", json.dumps({"text": "a", "label": "b", "more": LONG}) + "\n", 40),
+        repeated("", json.dumps({"text": "a", "label": "b", "more": LONG}) + "\n", 30),
         "too_few_labels",
         "only the label",
     ),
     "rows of many values": (
         "jsonl",
-        repeated("", '{"text":"a","label":"b","more":[' + "[]," * 2_000_000 + "1]}\n", 5),
+        repeated("", '{"text":"a","label":"b","more":[' + "[]," * 2_000_000 + "1]}\n", 3),
         "too_few_labels",
         "only the label",
     ),

@@ -1,7 +1,7 @@
 """Datasets and models in an S3 store: the operator's endpoint, credentials and buckets alone."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -59,7 +59,7 @@ class ObjectStore:
         with _store_errors(reference, field="dataset"):
             check_object(reference, self.roots)
             answer = self._client().get_object(Bucket=reference.bucket, Key=reference.key)
-            with answer["Body"] as body:
+            with closing(answer["Body"]) as body:
                 return keep_dataset(
                     body.iter_chunks(_CHUNK_BYTES),
                     source=str(reference),
@@ -110,7 +110,7 @@ class ObjectStore:
         for file in files:
             with _store_errors(reference, field=field):
                 answer = client.get_object(Bucket=reference.bucket, Key=file.key, IfMatch=file.etag)
-                with answer["Body"] as body, (folder / file.name).open("xb") as target:
+                with closing(answer["Body"]) as body, (folder / file.name).open("xb") as target:
                     for chunk in body.iter_chunks(_CHUNK_BYTES):
                         target.write(chunk)
 
