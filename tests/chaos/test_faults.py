@@ -13,7 +13,7 @@ from tests.chaos.conftest import DEFAULT_FAULTS, Site
 from tests.chaos.programme import Outcome, Programme
 from tests.chaos.saboteur import Saboteur
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("chaos"), pytest.mark.timeout(0)]
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("chaos"), pytest.mark.timeout(7200)]
 
 FAULTS_PER_ROUND = 6
 
