@@ -1,6 +1,6 @@
 """Whatever is killed, frozen or lost: every accepted piece of work ends once, to the same byte.
 
-`pytest tests/chaos` injects a few faults; `pytest tests/chaos --chaos-faults 200` many.
+`pytest tests/chaos` injects a few faults, `make chaos` many.
 """
 
 import random
@@ -30,7 +30,7 @@ def test_faults_of_every_kind_change_nothing(
     with capsys.disabled():
         while saboteur.num_injected < num_faults:
             before = saboteur.num_injected
-            # every other round loses 30 % of the messages, and sends the rest three times
+            # about every other round loses 30 % of the messages, and sends the rest three times
             proxy.drop, proxy.copies = chance.choice([(0.0, 1), (0.3, 3)])
             stop = threading.Event()
             orders = saboteur.arm()
