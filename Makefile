@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint format supply-chain clean
+.PHONY: install demo test chaos lint format supply-chain clean
 
 install: .venv/installed
 
@@ -22,6 +22,9 @@ demo: install
 test: install
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+chaos: install
+	$(BIN)/python -m pytest tests/chaos --chaos-faults 200
 
 lint: install
 	$(BIN)/ruff check .

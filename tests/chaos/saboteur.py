@@ -53,7 +53,7 @@ class Saboteur:
                 self.counts[name] += 1
             order.unlink(missing_ok=True)
 
-    def work(self, stop: threading.Event, *, num_faults: int) -> "threading.Thread":
+    def work(self, stop: threading.Event, *, num_faults: int) -> threading.Thread:
         """Inject faults one after the other, in the background, until told to stop."""
 
         def run() -> None:
