@@ -17,10 +17,10 @@ from app.health import check_storage
 from app.settings import Settings
 from app.storage import LEAST_FREE_BYTES
 from app.verbs import explain
+from app.work.models import SIGN_OF_LIFE_SECONDS
 
 ENOUGH_FREE_BYTES = 10 * 1024**3  # a gradient cache may take twice as much, an upload a fifth
 TORCH_SECONDS = 120.0
-SIGN_OF_LIFE_SECONDS = 10
 SHOWN = ("torch", "transformers", "peft", "celery", "sqlalchemy", "fastapi")
 
 _LOOK_AT_TORCH = """
@@ -47,7 +47,7 @@ def look_around() -> Iterator[Finding]:
     yield check_disk(settings)
     if settings.database_url is None:
         yield Finding(
-            "settings",
+            "servers",
             "ok",
             "WINNOW_DATABASE_URL is not set here: `winnow serve` brings its own database and "
             "broker, and its API tells of them.",

@@ -53,16 +53,16 @@ _LONGEST_NAME = 100  # longer ones are the licence's text
 
 def licence_of(distribution: metadata.Distribution) -> str:
     """Return what a package says of its licence, as SPDX where it can be understood."""
-    told = distribution.metadata
-    if expression := told.get("License-Expression"):
+    told = distribution.metadata.json
+    if expression := told.get("license_expression"):
         return str(expression)
     classified = [
         value.rpartition(" :: ")[2]
-        for value in told.get_all("Classifier") or []
+        for value in told.get("classifier", [])
         if value.startswith("License :: ")
         and not value.endswith((" OSI Approved", "DFSG approved"))
     ]
-    free = str(told.get("License") or "").strip()
+    free = str(told.get("license") or "").strip()
     names = classified or [re.split(r"\n", free)[0][:_LONGEST_NAME]]
     return " AND ".join(f"({_spdx(name)})" if " " in name else _spdx(name) for name in names)
 

@@ -1,16 +1,15 @@
 """The software bill of materials, in CycloneDX's format."""
 
 import json
-import re
 from typing import Any
 
-from cyclonedx.factory.license import LicenseFactory
+from cyclonedx.contrib.license.factories import LicenseFactory
 from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 from app.version import VERSION
 from supply_chain.licences import licence_of
@@ -47,7 +46,7 @@ def _component(pin: Pin) -> Component:
     return component
 
 
-def _needs(pin: Pin) -> set[str]:
+def _needs(pin: Pin) -> set[NormalizedName]:
     if pin.distribution is None:
         return set()
     wanted = [Requirement(line) for line in pin.distribution.requires or []]
@@ -55,4 +54,4 @@ def _needs(pin: Pin) -> set[str]:
         canonicalize_name(one.name)
         for one in wanted
         if one.marker is None or one.marker.evaluate({"extra": ""})
-    } - {pin.key, re.sub(r"\W", "", pin.key)}
+    } - {canonicalize_name(pin.key)}

@@ -19,12 +19,10 @@ from app.jobs import QUEUES, make_celery
 from app.logs import configure_logging
 from app.settings import Settings, get_settings
 from app.version import VERSION
-from app.work.models import WorkerHeartbeat
+from app.work.models import SIGN_OF_LIFE_SECONDS, WorkerHeartbeat
 from app.work.reconciler import Reconciler
 from workers.gpu import gpu_memory
 from workers.tasks import DRAIN_SIGNAL
-
-SIGN_OF_LIFE_SECONDS = 10
 
 log = structlog.get_logger()
 

@@ -20,6 +20,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db import Base
 
+SIGN_OF_LIFE_SECONDS = 10  # how often a worker writes its row
+
 
 class Stage(StrEnum):
     """The stages of an audit in their order; all units of one end before the next begins."""

@@ -1,5 +1,6 @@
 """What `winnow doctor` finds where the service is installed, on the real servers."""
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
@@ -27,7 +28,7 @@ def by_name(findings: list[Finding]) -> dict[str, Finding]:
 
 
 def test_servers_that_answer_and_workers_that_do_not(engine: Engine, settings: Settings) -> None:
-    found = by_name(list(doctor.check_servers(settings)))
+    found = by_name(list(doctor_servers.check_servers(settings)))
     assert {name: finding.status for name, finding in found.items()} == {
         "database": "ok",
         "tenants": "ok",
@@ -42,7 +43,7 @@ def test_servers_that_answer_and_workers_that_do_not(engine: Engine, settings: S
 
 def test_servers_that_are_not_there() -> None:
     nowhere = {"database_url": "postgresql://nobody@127.0.0.1:1/x", "broker_url": None}
-    found = by_name(list(doctor.check_servers(Settings.model_validate(nowhere))))
+    found = by_name(list(doctor_servers.check_servers(Settings.model_validate(nowhere))))
     assert {finding.status for finding in found.values()} == {"fail"}
     assert "Start PostgreSQL" in (found["database"].advice or "")
     assert "WINNOW_BROKER_URL" in found["broker"].detail
@@ -126,8 +127,8 @@ class TestWhatGoesWrongOnlyLater:
         assert "gpu-7:12 has 0.0.9" in finding.detail
 
     def test_a_clock_that_is_wrong(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = doctor_servers.time.time
-        monkeypatch.setattr(doctor_servers.time, "time", lambda: real() - 90)
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() - 90)
         finding = doctor_servers.check_clock(engine)
         assert finding.status == "warn"
         assert "90 s behind the database" in finding.detail
