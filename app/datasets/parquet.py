@@ -1,12 +1,8 @@
-"""Read Parquet as batches of the asked columns; its pages are looked at before Arrow reads them.
+"""Read Parquet as batches of the asked columns; its pages are looked at before Arrow reads them."""
 
-Arrow allocates what a page says it unfolds to: a megabyte may hold a page of a gigabyte.
-"""
-
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +10,7 @@ import pyarrow.parquet as pq
 
 from app.datasets.columns import ColumnField, DatasetError, DatasetLimits, is_string
 from app.datasets.messages import is_messages
+from app.datasets.parquet_footer import Chunk, check_pages, read_chunks
 from app.datasets.tables import (
     BATCH_BYTES,
     BATCH_ROWS,
@@ -22,18 +19,11 @@ from app.datasets.tables import (
     check_columns,
     first_line,
 )
-from app.datasets.thrift import BadThrift, CompactReader
+from app.datasets.thrift import BadThrift
 
 _BUFFER_BYTES = 1024**2
 # A page of repetition levels packs millions of list items into a few bytes.
 _MAX_ITEMS_PER_ROW_GROUP = 10_000_000
-_MAGIC = b"PAR1"
-_TAIL_BYTES = 8
-_MAX_FOOTER_BYTES = 32 * 1024**2
-_MAX_PAGE_BYTES = 128 * 1024**2
-_MAX_PAGES = 1_000_000
-_MAX_PAGE_HEADER_BYTES = 1024**2  # it may hold statistics: the least and the greatest text
-_UNCOMPRESSED_FIELD, _COMPRESSED_FIELD = 2, 3
 
 
 def open_parquet(path: Path, *, names: dict[ColumnField, str], limits: DatasetLimits) -> RawTable:
@@ -43,10 +33,11 @@ def open_parquet(path: Path, *, names: dict[ColumnField, str], limits: DatasetLi
         DatasetError: it is damaged, unfolds beyond the limits, or has not the columns.
     """
     try:
-        _check_footer(path)
+        with path.open("rb") as file:
+            groups = read_chunks(file)
+            check_pages(file, groups)
         metadata = pq.read_metadata(path)
         schema = metadata.schema.to_arrow_schema()
-        _check_pages(path, metadata)
     except (pa.ArrowException, OSError, UnicodeDecodeError, BadThrift) as error:
         raise DatasetError(
             f"the file is not a readable Parquet file: {first_line(error)}", code="unreadable_file"
@@ -62,7 +53,7 @@ def open_parquet(path: Path, *, names: dict[ColumnField, str], limits: DatasetLi
     for field, name in names.items():
         kind = schema.field(name).type
         if field == "messages" and is_messages(kind):
-            wanted |= dict.fromkeys(_message_leaves(metadata, name), True)
+            wanted |= dict.fromkeys(_message_leaves(metadata.schema, groups, name), True)
         elif pa.types.is_nested(kind):
             plain = "messages with role and content" if field == "messages" else "plain ones"
             raise DatasetError(
@@ -76,76 +67,19 @@ def open_parquet(path: Path, *, names: dict[ColumnField, str], limits: DatasetLi
     )
 
 
-def _check_footer(path: Path) -> None:
-    """Raise unless the footer lies in the file and is not larger than what it may unfold to."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size < len(_MAGIC) + _TAIL_BYTES:
-            raise BadThrift("it is too short")
-        file.seek(size - _TAIL_BYTES)
-        tail = file.read(_TAIL_BYTES)
-    if tail[4:] != _MAGIC:
-        raise BadThrift("it does not end as one: it is cut off, or encrypted")
-    length = int.from_bytes(tail[:4], "little")
-    if length > min(size - len(_MAGIC) - _TAIL_BYTES, _MAX_FOOTER_BYTES):
-        raise BadThrift(f"its footer has {length:,} bytes")
-
-
-def _check_pages(path: Path, metadata: pq.FileMetaData) -> None:
-    """Raise if a page of any column unfolds to more than what is held at once."""
-    num_pages = 0
-    with path.open("rb") as file:
-        for group_number in range(metadata.num_row_groups):
-            group = metadata.row_group(group_number)
-            for number in range(group.num_columns):
-                for _ in _pages(file, group.column(number)):
-                    num_pages += 1
-                    if num_pages > _MAX_PAGES:
-                        raise BadThrift(f"it has more than {_MAX_PAGES:,} pages; write larger ones")
-
-
-def _pages(file: BinaryIO, chunk: pq.ColumnChunkMetaData) -> Iterator[None]:
-    """Go through the pages of a part of a column, and yield at each."""
-    position = chunk.data_page_offset
-    if chunk.has_dictionary_page and chunk.dictionary_page_offset:
-        position = min(position, chunk.dictionary_page_offset)
-    end = position + (chunk.total_compressed_size if chunk.num_values else 0)
-    while position < end:
-        file.seek(position)
-        reader = CompactReader(file, limit=min(end - position, _MAX_PAGE_HEADER_BYTES))
-        compressed = uncompressed = -1
-        for number, kind in reader.fields():
-            if number == _UNCOMPRESSED_FIELD:
-                uncompressed = reader.integer()
-            elif number == _COMPRESSED_FIELD:
-                compressed = reader.integer()
-            else:
-                reader.skip(kind)
-        if compressed < 0 or uncompressed < 0:
-            raise BadThrift(f"a page of column {chunk.path_in_schema!r} has no size")
-        if uncompressed > _MAX_PAGE_BYTES:
-            raise BadThrift(
-                f"a page of column {chunk.path_in_schema!r} unfolds to {uncompressed:,} bytes; "
-                f"write pages of at most {_MAX_PAGE_BYTES:,}"
-            )
-        position = file.tell() + compressed
-        yield
-
-
-def _message_leaves(metadata: pq.FileMetaData, name: str) -> list[str]:
+def _message_leaves(schema: Any, groups: list[list[Chunk]], name: str) -> list[str]:  # noqa: ANN401  pyarrow carries no types
     """Return the paths of role and content in a column of messages.
 
     Raises:
         DatasetError: a row group has more messages than fit into memory.
     """
     leaves = []
-    for index in range(metadata.num_columns):
-        path: str = metadata.schema.column(index).path
+    for index in range(len(schema)):
+        path: str = schema.column(index).path
         if not path.startswith(f"{name}.") or path.rpartition(".")[2] not in {"role", "content"}:
             continue
         leaves.append(path)
-        for number in range(metadata.num_row_groups):
-            num_items = metadata.row_group(number).column(index).num_values
+        for num_items in (group[index].num_values for group in groups if index < len(group)):
             if num_items > _MAX_ITEMS_PER_ROW_GROUP:
                 raise DatasetError(
                     f"column {name!r} has {num_items:,} messages in a row group; write row groups "

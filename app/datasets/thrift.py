@@ -39,8 +39,15 @@ class CompactReader:
         value = self._varint()
         return (value >> 1) ^ -(value & 1)
 
-    def items(self) -> tuple[int, int]:
-        """Read the head of a list and return how many items it has, and of which type."""
+    def num_items(self) -> int:
+        """Read the head of a list and return how many items it has."""
+        return self._items()[0]
+
+    def text(self) -> str:
+        """Read a string."""
+        return self._read(self._varint()).decode()
+
+    def _items(self) -> tuple[int, int]:
         head = self._byte()
         count = self._varint() if head >> 4 == _LONG_LIST else head >> 4
         return count, head & 0x0F
@@ -57,7 +64,7 @@ class CompactReader:
         elif kind in {_BYTE, _DOUBLE, _BINARY}:
             self._advance({_BYTE: 1, _DOUBLE: 8}.get(kind) or self._varint())
         elif kind in {_LIST, _SET}:
-            count, of = self.items()
+            count, of = self._items()
             for _ in range(count):
                 self.skip(of, depth=depth + 1, is_item=True)
         elif kind == _STRUCT:

@@ -9,11 +9,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from app.datasets.columns import ColumnNames, is_string
+from app.datasets.parquet_footer import check_pages, read_chunks
 from app.exports.changes import Change, Changes
 from app.exports.lines import Difference
 from app.exports.values import NotWritable, changed_value, relabelled, target_column
 
 _BATCH_ROWS = 4096
+_BATCH_BYTES = 1024**3  # at the worst: if every row had all that a dictionary holds
 _GROUP_ROWS = 65_536
 _GROUP_BYTES = 64 * 1024**2
 
@@ -53,6 +55,10 @@ class ParquetTable:
     """
 
     def __init__(self, file: BinaryIO, columns: ColumnNames) -> None:
+        self._groups = read_chunks(file)
+        unfolded = check_pages(file, self._groups)
+        self._batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, unfolded)))
+        file.seek(0)
         self._file = pq.ParquetFile(pa.PythonFile(file, mode="r"))
         self._kind = columns.kind
         self.column = target_column(columns)
@@ -110,7 +116,7 @@ class ParquetTable:
         self, changes: Changes, *, columns: list[str] | None = None
     ) -> Iterator[tuple[pa.RecordBatch, Mapping[int, Change]]]:
         first = 0
-        for batch in self._file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+        for batch in self._file.iter_batches(batch_size=self._batch_rows, columns=columns):
             yield batch, changes.within(first, batch.num_rows)
             first += batch.num_rows
 
@@ -132,14 +138,7 @@ class ParquetTable:
         return list(_between(batch, dropped))
 
     def _compression(self) -> dict[str, str]:
-        group = self._file.metadata.row_group(0)
-        columns = [group.column(number) for number in range(group.num_columns)]
-        return {
-            column.path_in_schema: "NONE"
-            if column.compression == "UNCOMPRESSED"
-            else column.compression
-            for column in columns
-        }
+        return {chunk.path: chunk.codec for chunk in self._groups[0]}
 
 
 def _is_full(group: list[pa.RecordBatch]) -> bool:

@@ -20,7 +20,7 @@ from app.datasets.files import (
 
 LIMITS = DatasetLimits(
     max_rows=3000,
-    max_bytes=100_000,
+    max_bytes=200_000,
     max_text_chars=100,
     max_label_chars=20,
     max_columns=10,

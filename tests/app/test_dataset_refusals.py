@@ -63,9 +63,9 @@ REFUSALS: list[tuple[tuple[FileFormat, bytes], DatasetErrorCode, str]] = [
     ),
     (table(text=[], label=[]), "no_rows", "no rows"),
     (
-        table(text=["x" * 100] * 1001, label=[0, 1, *[0] * 999]),
+        table(text=["x" * 100] * 2001, label=[0, 1, *[0] * 1999]),
         "too_large",
-        "row 1,001: .*more than 100,000 bytes",
+        "row 2,001: .*more than 200,000 bytes",
     ),
     (table(text=["a"] * 3001, label=[0] * 3001), "too_many_rows", "3,001 rows"),
     (table(**{f"c{i}": [1, 2] for i in range(9)}), "too_many_columns", "11 columns"),
