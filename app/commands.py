@@ -1,4 +1,4 @@
-"""The service's verbs of `winnow`: serve, api, worker, migrate, keys, limits; and its doctor.
+"""The service's verbs of the command `winnow`, from serve to purge; and its doctor.
 
 The client loads this module for every call, so it only declares them: `app.verbs` imports what is
 heavy, when a verb is run.

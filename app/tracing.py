@@ -75,13 +75,12 @@ def _without_queries() -> Any:  # noqa: ANN401  the class cannot be named before
 def stop_tracing() -> None:
     """Send what is left, without waiting long for it."""
     while _providers:
-        provider = _providers.pop()
-        # it waits as long as an export may take, whatever time it is given
-        flush = threading.Thread(target=provider.force_flush, daemon=True)
-        flush.start()
-        flush.join(FLUSH_SECONDS)
-        _exporters.pop().shutdown()  # type: ignore[no-untyped-call]  # so that it does not try again and again
-        provider.shutdown()
+        stopping = threading.Thread(target=_providers.pop().shutdown, daemon=True)
+        exporter = _exporters.pop()
+        stopping.start()
+        stopping.join(FLUSH_SECONDS)
+        if stopping.is_alive():  # its receiver does not answer; it would try again and again
+            exporter.shutdown()  # type: ignore[no-untyped-call]
 
 
 def of_requests(provider: "TracerProvider | None") -> Mapping[str, Any]:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic.script import ScriptDirectory
 from psycopg.errors import LockNotAvailable
 from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.exc import OperationalError
 
 from app import migrate as migrating
-from app.migrate import MigrationBlocked, head_revision, migrate
-from tests.test_migrations import empty
+from app.migrate import MigrationBlocked, alembic_config, head_revision, migrate
+from tests.test_migrations import empty, take_back
 
 __all__ = ["empty"]
 
@@ -124,9 +125,10 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 @pytest.fixture
 def before(empty: Engine) -> Engine:
-    """A database as the version before left it."""
+    """A database as the version before a change of the audits left it."""
     migrate(empty)
-    migrate(empty, "-1")
+    script = ScriptDirectory.from_config(alembic_config()).get_revision("0014")
+    take_back(empty, str(script.down_revision))
     return empty
 
 

@@ -40,7 +40,7 @@ async def metrics(request: Request, settings: SettingsDep) -> Response:
 
 
 def _let_in(request: Request, settings: Settings) -> None:
-    if settings.metrics_token is not None:
+    if settings.metrics_token:  # an empty one is none
         _, _, sent = request.headers.get("authorization", "").partition(" ")
         token = settings.metrics_token.get_secret_value()
         if not hmac.compare_digest(sent.encode(), token.encode()):

@@ -215,7 +215,9 @@ class TestAccess:
         assert near.get("/metrics").status_code == 200
         proxied = near.get("/metrics", headers={"X-Forwarded-For": "127.0.0.1"})
         far = client_of(settings, engine, celery, host="10.0.0.5").get("/metrics")
-        for answer in (proxied, far):
+        empty = settings.model_copy(update={"metrics_token": SecretStr("")})
+        unset = client_of(empty, engine, celery, host="10.0.0.5").get("/metrics")
+        for answer in (proxied, far, unset):
             assert answer.status_code == 403
             assert "WINNOW_METRICS_TOKEN" in answer.json()["detail"]
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,20 @@ def original(tmp_path: Path, collector: Collector) -> Iterator[Service]:
         "WINNOW_FILE_ROOTS": str(tmp_path / "root"),
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
     }
-    service = Service(tmp_path / "original", environment, tmp_path / "original.log")
-    service.start()
-    yield service
-    if service.process is not None and service.process.poll() is None:
-        service.stop()
+    with running(tmp_path / "original", environment) as service:
+        yield service
+
+
+@contextmanager
+def running(data_dir: Path, environment: dict[str, str]) -> Iterator[Service]:
+    """Run a service, and stop it whatever happens."""
+    service = Service(data_dir, environment, data_dir.with_suffix(".log"))
+    try:
+        service.start()
+        yield service
+    finally:
+        if service.process is not None and service.process.poll() is None:
+            service.stop()
 
 
 @pytest.fixture
@@ -109,9 +119,7 @@ def test_a_service_at_work_goes_on_elsewhere_to_the_byte(
             assert "done" in set(session.scalars(states))
         engine.dispose()
     environment = original.environment | {"OTEL_SDK_DISABLED": "true"}
-    restored = Service(tmp_path / "restored", environment, tmp_path / "restored.log")
-    restored.start()
-    try:
+    with running(tmp_path / "restored", environment) as restored:
         assert restored.http.get(f"/v1/audits/{done['id']}/suspects").json() == suspects
         for name, file in done["results"]["files"].items():
             answer = restored.http.get(f"/v1/audits/{done['id']}/suspects.{name}")
@@ -120,8 +128,6 @@ def test_a_service_at_work_goes_on_elsewhere_to_the_byte(
         ended = restored.finish(half_done)
         assert ended["state"] == "succeeded", ended
         assert hashes(ended) == hashes(done)
-    finally:
-        assert restored.stop() == 0, restored.tail()
 
     of_done = [span for span in collector.spans if done["id"] in span.attributes.values()]
     (submitted,) = {span.parent_id for span in of_done}
