@@ -168,7 +168,8 @@ def _guard(endpoint: str, networks: tuple[IPvAnyNetwork, ...]) -> None:
 
     def make() -> httpx2.Client:
         if getproxies().keys() & {"http", "https", "all"}:
-            return default_client_factory()
+            default: httpx2.Client = default_client_factory()
+            return default
         return httpx2.Client(
             transport=GuardedTransport(networks=networks, trusted=trusted, trust_env=True),
             event_hooks={"request": [hf_request_event_hook]},
