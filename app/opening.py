@@ -2,13 +2,13 @@
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def open_resolved(path: Path) -> BinaryIO:
+def open_resolved(path: Path) -> BufferedReader:
     """Open a file by a path that was resolved and checked, and follow no symbolic link any more.
 
     A folder or file on the way that was swapped for a link since the check is refused, so that what
@@ -34,7 +34,7 @@ def open_resolved(path: Path) -> BinaryIO:
     return file
 
 
-def path_of(file: BinaryIO, path: Path) -> Path:
+def path_of(file: BufferedReader, path: Path) -> Path:
     """Return a path that opens the very file that is open, for as long as it is.
 
     Args:

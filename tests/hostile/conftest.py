@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -31,6 +31,11 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[NameServer]:
     with name_server() as server:
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
         yield server
+
+
+def no_upload(dataset_id: str) -> NoReturn:
+    """Find an upload where there is none."""
+    raise AssertionError(dataset_id)
 
 
 class FileServer(ThreadingHTTPServer):

@@ -69,6 +69,8 @@ def _publish(engine: Engine, settings: Settings, experiment_id: str, like: Audit
             session.add(ranking)
             tables = {name: audit.summary[name] for name in ("configurations", "cancellation")}
             audit.summary = {**like.summary, **tables, "ranking_id": ranking.id}
+            audit.num_train, audit.num_validation = like.num_train, like.num_validation
+            audit.provenance = like.provenance
             shutil.copytree(folder, audit_folder(settings.data_dir, audit.id) / ranking.folder)
 
 

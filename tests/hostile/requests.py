@@ -109,7 +109,7 @@ class Findings:
 
 @schemathesis.check
 def errors_are_problems(
-    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> None:
     """Every error is a problem document that says what to change, and never our own fault."""
     del ctx, case

@@ -18,7 +18,7 @@ from tests.hostile.isolated import MEBIBYTE, Isolated
 __all__ = ["api", "client", "new_client"]
 
 MOST_MIB = 700
-Build = Callable[[Path], None]
+Build = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,12 @@ def isolated() -> Iterator[Isolated]:
 
 
 def content(data: bytes) -> Build:
-    return lambda path: path.write_bytes(data) and None
+    return lambda path: path.write_bytes(data)
 
 
 def made(make: Callable[[int], bytes], size: int) -> Build:
     """Bytes that are made when they are needed."""
-    return lambda path: path.write_bytes(make(size)) and None
+    return lambda path: path.write_bytes(make(size))
 
 
 def lines(*rows: str) -> Build:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from app.datasets.files import DatasetLimits
 from app.references import HubDatasetReference
-from tests.hostile.conftest import FileServer
+from tests.hostile.conftest import FileServer, no_upload
 from tests.hostile.names import NameServer
 from tests.hub import LoopbackHub, loopback_hub
 from tests.webhooks.conftest import networks
-from workers.sources.datasets import DatasetLimits, resolve_dataset
+from workers.sources.datasets import resolve_dataset
 from workers.sources.errors import SourceError
 from workers.sources.hub import Hub
 from workers.sources.local import ResolvedDataset
@@ -40,7 +41,7 @@ def resolve(hub: LoopbackHub, tmp_path: Path) -> Resolve:
     def resolve(allowed: str = "") -> ResolvedDataset:
         return resolve_dataset(
             HubDatasetReference("lab/films"),
-            find_upload={}.__getitem__,
+            find_upload=no_upload,
             roots=[],
             hub=Hub(
                 endpoint=hub.endpoint,

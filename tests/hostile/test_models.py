@@ -121,6 +121,14 @@ def link_out(name: str) -> Spoil:
     return spoil
 
 
+def link_to_itself(name: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(folder / name)
+
+    return spoil
+
+
 def tokenizer_json(make: Callable[[], str]) -> Spoil:
     return lambda folder: (folder / "tokenizer.json").write_text(make())
 
@@ -248,10 +256,7 @@ REFUSED: dict[str, tuple[Spoil, str, str]] = {
     "a tokenizer that lies outside": (link_out("vocab.txt"), "invalid_reference", "outside"),
     "a config that lies outside": (link_out("config.json"), "invalid_reference", "outside"),
     "a link to itself": (
-        lambda folder: [
-            (folder / "vocab.txt").unlink(),
-            (folder / "vocab.txt").symlink_to(folder / "vocab.txt"),
-        ],
+        link_to_itself("vocab.txt"),
         "invalid_reference",
         "vocab.txt",
     ),

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from app.datasets.files import DatasetLimits
 from app.references import parse_dataset_reference
 from app.settings import Settings
 from app.webhooks.calls import Call, Caller
-from tests.hostile.conftest import FileServer
+from tests.hostile.conftest import FileServer, no_upload
 from tests.hostile.names import NameServer
 from tests.webhooks.conftest import networks
 from tests.webhooks.receiver import receiving
 from workers.sources import fetched
-from workers.sources.datasets import DatasetLimits, resolve_dataset
+from workers.sources.datasets import resolve_dataset
 from workers.sources.errors import SourceError
 from workers.sources.hub import Hub
 from workers.sources.local import ResolvedDataset
@@ -57,7 +58,7 @@ def fetch(certificate: Path, tmp_path: Path) -> Fetch:
     ) -> ResolvedDataset:
         return resolve_dataset(
             parse_dataset_reference(url),
-            find_upload={}.__getitem__,
+            find_upload=no_upload,
             roots=[],
             hub=Hub(endpoint="http://127.0.0.1:9", cache_dir=tmp_path / "hub"),
             cache_dir=tmp_path / "cache",

@@ -3,8 +3,8 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from app.datasets.files import DatasetError, FileFormat, guess_format
 from app.opening import open_resolved, path_of
@@ -28,7 +28,7 @@ class ResolvedDataset:
     path: Path
     format: FileFormat
     revision: str
-    file: BinaryIO | None = field(default=None, compare=False, repr=False)
+    file: BufferedReader | None = field(default=None, compare=False, repr=False)
 
 
 def resolve_local(
