@@ -58,7 +58,7 @@ def reconcile(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
             return []
         _end_cancelled_audits(session)
         _take_back_expired_leases(session, settings)
-        if has_room(settings):
+        if has_room(settings.data_dir):
             _let_go_on(session)
         _forget_old_rows(session)
         reach("reconcile.before_commit")
