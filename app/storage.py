@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+from pathlib import Path
 
 from sqlalchemy.exc import DBAPIError
 
@@ -18,12 +19,22 @@ _DATABASE_FULL = "53100"
 _PHRASES = ("No space left on device", "Disk quota exceeded")
 
 
-def has_room(settings: Settings) -> bool:
-    """Return whether the data directory has room for work to begin."""
+def has_room(folder: Path) -> bool:
+    """Return whether a folder of the data directory has room for work to begin."""
     try:
-        return shutil.disk_usage(settings.data_dir).free >= LEAST_FREE_BYTES
+        return shutil.disk_usage(folder).free >= LEAST_FREE_BYTES
     except OSError:
         return False
+
+
+def wait_if_full(folder: Path) -> None:
+    """Let work wait that is going to need more than there is, if the disk is full for everybody.
+
+    Raises:
+        OSError: there is no room; `is_disk_full` says so of it.
+    """
+    if not has_room(folder):
+        raise OSError(errno.ENOSPC, _PHRASES[0], str(folder))
 
 
 def require_room(settings: Settings) -> None:
@@ -32,7 +43,7 @@ def require_room(settings: Settings) -> None:
     Raises:
         StorageFull: the data directory has less than work needs to begin.
     """
-    if not has_room(settings):
+    if not has_room(settings.data_dir):
         raise StorageFull(
             "The server's data directory has no room for new work. Nothing was stored; delete "
             "audits or datasets that are not needed any more, or ask the operator for more room.",

@@ -206,7 +206,7 @@ def drain(bench: Bench) -> tuple[float, float]:
 
 def row(what: str, promise: str, values: list[float], unit: str) -> None:
     worst, middle = max(values), statistics.median(values)
-    print(f"| {what} | {promise} | {middle:.1f} {unit} | {worst:.1f} {unit} |", flush=True)
+    print(f"| {what} | {promise} | {middle:.3g} {unit} | {worst:.3g} {unit} |", flush=True)
 
 
 def main() -> None:
@@ -248,7 +248,7 @@ def measure(bench: Bench) -> None:
     row("kill -9 of a worker: its unit is offered again", "75 s", [each[0] for each in dead], "s")
     row("kill -9 of a worker: another has taken it", "", [each[1] for each in dead], "s")
     again = [float(each[2]) for each in dead]
-    row("units begun again for one crash", "1", again, "")
+    row("units begun again for one crash", "1", again, "times")
 
 
 if __name__ == "__main__":

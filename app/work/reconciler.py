@@ -62,7 +62,7 @@ def reconcile(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
         _end_cancelled_audits(session)
         _take_back_expired_leases(session, settings)
         _forget_old_rows(session, settings)
-        if has_room(settings):
+        if has_room(settings.data_dir):
             _let_go_on(session)
         reach("reconcile.before_commit")
     reach("reconcile.after_commit")

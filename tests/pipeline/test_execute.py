@@ -1,6 +1,7 @@
 """How a unit ends when it does not end well: retried, failed, cancelled, given back."""
 
 import errno
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -193,6 +194,20 @@ def test_a_full_disk_costs_no_try_and_leaves_nothing(
     audit = workplace.succeed(audit_id)
     assert audit.waiting is None
     assert results(audit) == results(quiet)
+
+
+def test_an_audit_does_not_fail_of_a_disk_that_is_full_for_all(
+    workplace: Workplace, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is looked at before the work would say that this audit needs too much."""
+    audit_id = submit(workplace, models)
+    claim = workplace.claim_stage(audit_id, Stage.VALIDATION)
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(workplace.settings.data_dir)._replace(free=0)
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        workplace.execute(claim)
+    assert workplace.unit(claim).waiting == "storage"
+    workplace.succeed(audit_id)
 
 
 def test_two_machines_never_write_the_same_temporary_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from app import storage
 from app.audits.schemas import Configuration
 from tests.influence import aggregation_oracles
 from tests.pipeline.score_files import LAYOUT, NUM_TRAIN, NUM_VALIDATION, ScoreFiles
@@ -268,6 +269,9 @@ class TestScratch:
     ) -> None:
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+        with pytest.raises(OSError, match="No space left"):  # full for everybody: it is waited for
+            RankTiles(tmp_path, num_columns=10, num_train=10)
+        monkeypatch.setattr(storage, "LEAST_FREE_BYTES", 100)
         with pytest.raises(InsufficientMemory, match="Leave common_set out"):
             RankTiles(tmp_path, num_columns=10, num_train=10)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from app import storage
 from app.references import FileReference, HubModelReference
 from tests.hub import LoopbackHub
 from tests.sources.conftest import Resolve, edit_json
@@ -273,6 +274,7 @@ class TestRefused:
         """Nothing is written before it is known to fit."""
         usage = shutil.disk_usage(folder)._replace(free=10_000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(storage, "LEAST_FREE_BYTES", 10_000)  # others go on
         error = self.refusal(resolve, folder)
         assert (error.code, error.transient) == ("storage_full", True)
         assert "10,000 free" in error.message

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.audits.models import Audit
 from app.db import transaction
-from app.jobs import CPU_QUEUE_NAME, QUEUE_NAME, send_units
+from app.jobs import CPU_QUEUE_NAME, FETCH_QUEUE_NAME, QUEUE_NAME, send_units
 from app.settings import Settings
 from app.work import repository as work
 from app.work.fairness import claim_in_turn
@@ -98,11 +98,10 @@ def test_who_waits_alone_gets_all_workers(engine: Engine) -> None:
 def test_an_audit_that_was_begun_is_ended_before_the_next_begins(engine: Engine) -> None:
     first, second = (make_audit(engine) for _ in range(2))
     with transaction(engine) as session:
-        work.add_units(session, first.id, Stage.VALIDATION)
+        work.add_units(session, first.id, Stage.GRADIENTS, count=2)
+        (message,) = work.add_units(session, second.id, Stage.VALIDATION)
     sent(engine)
-    with Session(engine) as session:
-        units = session.scalars(select(WorkUnit.id).where(WorkUnit.audit_id == second.id)).all()
-    held = [take(engine, units[0]) for _ in range(3)]
+    held = [take(engine, message) for _ in range(3)]
     assert [claim and claim.audit_id for claim in held] == [first.id, first.id, second.id]
 
 
@@ -112,7 +111,7 @@ def test_every_message_finds_a_unit_and_every_unit_a_message(
     """Messages are taken in their order, units by turns, and nothing is left of either."""
     units = queue_audits(engine, "a", 7) + queue_audits(engine, "b", 3)
     send_units(engine, celery, units)
-    assert broker.llen(QUEUE_NAME) == len(units)
+    assert broker.llen(FETCH_QUEUE_NAME) == len(units)
     taken = [take(engine, unit) for unit in units]
     assert {claim.unit_id for claim in taken if claim} == set(units)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app.storage import wait_if_full
 from workers.influence.errors import InsufficientMemory
 from workers.pipeline.column_source import samples_per_block
 
@@ -42,6 +43,7 @@ class RankTiles:
         folder.mkdir(parents=True, exist_ok=True)
         needed, free = num_columns * num_train * _INT32.itemsize, shutil.disk_usage(folder).free
         if needed > free:
+            wait_if_full(folder)
             raise InsufficientMemory(
                 f"The ranks for common_set need {needed / 1e9:.1f} GB of disk for a while, and "
                 f"{free / 1e9:.1f} GB are free in the data directory. Leave common_set out, use "

@@ -17,6 +17,7 @@ from torch import Tensor
 from app.audits.automatic import needs_probes
 from app.audits.fitting import named_rankings
 from app.catalogue import AUTO
+from app.storage import wait_if_full
 from workers.device import device_name, free_bytes
 from workers.influence.errors import InsufficientMemory
 from workers.influence.estimators import (
@@ -220,6 +221,7 @@ def _influence_floats(context: StageContext, runtime: Runtime, num_validation: i
 def _check_disk(context: StageContext, needed: int) -> None:
     free = shutil.disk_usage(context.settings.data_dir).free
     if needed > free:
+        wait_if_full(context.settings.data_dir)
         raise InsufficientMemory(
             f"The audit's files need {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are "
             "free in the data directory. Use fewer estimators or validation samples, or make room."

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from app.storage import wait_if_full
 from workers.sources.configs import clean_model_config, clean_tokenizer_config, read_json
 from workers.sources.errors import SourceError, SourceErrorCode
 from workers.sources.libraries import (
@@ -216,6 +217,7 @@ def _check_room(folder: Path, *, num_bytes: int, name: str) -> None:
     """Refuse a file whose weights would fill the disk once they are plain."""
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
+        wait_if_full(folder)
         raise SourceError(
             f"{name} takes {num_bytes:,} bytes as float32, but the disk of the worker's data "
             f"directory has {free:,} free; make room there and submit the audit again, or use a "
