@@ -11,12 +11,19 @@ import pytest
 from tests.fuzz.seeds import SEEDS
 from tests.fuzz.targets import TARGETS
 
+FOUND = Path(__file__).with_name("found")
+
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_fuzzing_begins_with_is_no_fault(target: str) -> None:
     for seed in SEEDS[target]:
         TARGETS[target](seed)
         TARGETS[target](seed[: len(seed) // 2])
+
+
+@pytest.mark.parametrize("path", sorted(FOUND.iterdir()), ids=lambda path: path.name)
+def test_what_fuzzing_found_is_mended(path: Path) -> None:
+    TARGETS[path.name.partition("-")[0]](path.read_bytes())
 
 
 @pytest.mark.parametrize("target", TARGETS)
