@@ -75,7 +75,7 @@ def own_servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def request_for(root: Path) -> dict[str, Any]:
     """An audit of many shards whose curvature needs the gradients that are kept between passes."""
     model = tiny.save_encoder(root / "encoder")
-    train = tiny.write_table(root / "train.parquet", tiny.reviews(300, seed=0))
+    train = tiny.write_table(root / "train.parquet", tiny.reviews(900, seed=0))
     validation = tiny.write_table(root / "validation.parquet", tiny.reviews(40, seed=1))
     return {
         "model": {"reference": model.as_uri()},
