@@ -1,6 +1,7 @@
 """What can be checked of an audit's request without a model: references, columns, known noise."""
 
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
 from sqlalchemy import Engine
@@ -13,11 +14,12 @@ from app.audits.schemas import AuditRequest, DatasetSource, Task
 from app.audits.verification_schemas import ArmName
 from app.catalogue import ESTIMATORS
 from app.datasets.columns import columns_by_header, default_columns
-from app.datasets.files import ColumnNames, DatasetError, FileFormat, guess_format
+from app.datasets.files import ColumnNames, DatasetError, DatasetLimits, guess_format
 from app.datasets.readers import open_table, read_header
 from app.datasets.repository import find_dataset
 from app.datasets.service import HEAD_BYTES, dataset_limits
 from app.errors import InvalidRequest
+from app.opening import open_resolved, path_of
 from app.outbound import may_be_called, outbound_policy
 from app.references import (
     DatasetReference,
@@ -204,21 +206,16 @@ def _columns_of(
         _check_place(settings, reference)
         columns = source.columns or default_columns(task)
         if isinstance(reference, FileReference):
-            path = resolve_file(reference.path, settings.file_roots)
-            file_format = _format_of(path, reference.path, pointer)
-            limits = dataset_limits(settings)
-            try:
-                if source.columns is None and task == "causal_lm":
-                    header = read_header(path, format=file_format, limits=limits)
-                    if "messages" in (names := {column.name for column in header}):
-                        columns = columns_by_header(sorted(names))
-                # the worker checks every row, this only what the first ones tell
-                open_table(path, format=file_format, columns=columns, limits=limits)
-            except DatasetError as error:
-                place = f"columns/{error.field}" if error.field else "reference"
-                raise InvalidRequest.at(
-                    f"{pointer}/{place}", f"{reference.path}: {error.message}."
-                ) from error
+            resolved = resolve_file(reference.path, settings.file_roots)
+            with _opened(resolved, reference.path, pointer) as file:
+                columns = _file_columns(
+                    path_of(file, resolved),
+                    reference.path,
+                    source,
+                    pointer,
+                    limits=dataset_limits(settings),
+                    task=task,
+                )
     except InvalidReference as error:
         raise InvalidRequest.at(f"{pointer}/reference", f"{error}.") from error
     return columns
@@ -263,22 +260,44 @@ def _upload_columns(
     return source.columns
 
 
-def _format_of(path: Path, given: Path, pointer: str) -> FileFormat:
-    """Return a file's format, from its name and its first bytes."""
+def _opened(path: Path, given: Path, pointer: str) -> BufferedReader:
+    """Return a table file, open, so that no other can come in its place."""
     if not path.is_file():
         raise InvalidRequest.at(
             f"{pointer}/reference", f"{given} is a folder; name one Parquet, JSONL or CSV file."
         )
     try:
-        with path.open("rb") as file:
-            return guess_format(given.name, file.read(HEAD_BYTES))
-    except DatasetError as error:
-        raise InvalidRequest.at(f"{pointer}/reference", f"{given}: {error.message}.") from error
+        return open_resolved(path)
     except OSError as error:
         raise InvalidRequest.at(
             f"{pointer}/reference",
             f"{given} cannot be read by the server: {error.strerror or error}.",
         ) from error
+
+
+def _file_columns(
+    path: Path,
+    given: Path,
+    source: DatasetSource,
+    pointer: str,
+    *,
+    limits: DatasetLimits,
+    task: Task,
+) -> ColumnNames:
+    """Return the columns that a file is read with; the worker checks every row of them."""
+    columns = source.columns or default_columns(task)
+    try:
+        with path.open("rb") as file:
+            file_format = guess_format(given.name, file.read(HEAD_BYTES))
+        if source.columns is None and task == "causal_lm":
+            header = read_header(path, format=file_format, limits=limits)
+            if "messages" in (names := {column.name for column in header}):
+                columns = columns_by_header(sorted(names))
+        open_table(path, format=file_format, columns=columns, limits=limits)
+    except DatasetError as error:
+        place = f"columns/{error.field}" if error.field else "reference"
+        raise InvalidRequest.at(f"{pointer}/{place}", f"{given}: {error.message}.") from error
+    return columns
 
 
 def _check_noise(request: AuditRequest, checked: AuditRequest) -> None:

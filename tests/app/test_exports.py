@@ -10,7 +10,7 @@ from sqlalchemy import Engine, update
 
 from app.audits.models import Audit, RankedSample
 from app.datasets.files import FileFormat
-from app.datasets.storage import cache_folder, hub_table_path, upload_path
+from app.datasets.storage import cache_folder, fetched_path, hub_table_path, upload_path
 from app.db import transaction
 from app.references import HubDatasetReference
 from app.settings import Settings
@@ -326,6 +326,25 @@ class TestTheOriginal:
         assert rows_of(answer.content, "parquet") == table()
         disposition = answer.headers["content-disposition"]
         assert 'filename="org-texts-train-cleaned.parquet"' in disposition
+
+    @pytest.mark.parametrize(
+        "reference", ["https://host.test/a/t.csv?sig=1", "s3://bucket/a/t.csv"]
+    )
+    def test_what_was_fetched_from_elsewhere_is_still_here(
+        self, make_export: Make, engine: Engine, settings: Settings, reference: str
+    ) -> None:
+        content = encode(table(), "csv")
+        made = make_export(content, "t.csv")
+        sha256 = hashlib.sha256(content).hexdigest()
+        noted = {"format": "csv", "bytes": len(content), "sha256": sha256}
+        self.moved(made, engine, reference, train_revision=sha256, train_file=noted)
+        assert "is gone" in self.conflict(made)
+        path = fetched_path(cache_folder(settings.data_dir), sha256, "csv")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        answer = made.client.get(f"{made.path}/export")
+        assert answer.content == content
+        assert 'filename="t-cleaned.csv"' in answer.headers["content-disposition"]
 
     def test_any_name_can_be_downloaded(self, make_export: Make) -> None:
         made = make_export(encode(table(), "csv"), "schöne Texte; x.CSV")

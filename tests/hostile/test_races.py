@@ -6,14 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
+from app.audits import checks
 from app.datasets.columns import ColumnNames
 from app.datasets.files import DatasetLimits, read_dataset
 from app.opening import open_resolved, path_of
 from app.references import FileReference, InvalidReference, resolve_file
+from app.settings import Settings
+from tests.app.conftest import api, client, new_client
+from tests.factories import request_body
 from workers.sources import local, staging
 from workers.sources.errors import SourceError
 from workers.sources.local import resolve_local
+
+__all__ = ["api", "client", "new_client"]
 
 TABLE = b"text,label\ngood,a\nbad,b\n"
 SECRET = b"secret,label\nkey,1\n"
@@ -150,3 +157,29 @@ def test_the_file_is_closed_with_what_holds_it(root: Path) -> None:
         with pytest.raises(FileNotFoundError):
             open_resolved(root / "none" / "none.csv")
     assert num_open() <= before + 1
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_file_that_is_exchanged_while_a_request_is_checked_tells_nothing(
+    client: TestClient,
+    settings: Settings,
+    swap: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the names of the columns of a file outside would stand in the refusal."""
+    (root,) = settings.file_roots
+    (root / "folder").mkdir()
+    (root.parent / "outside").mkdir()
+    (root.parent / "outside" / "train.csv").write_bytes(SECRET)
+    (root / "folder" / "train.csv").write_bytes(TABLE)
+
+    def exchanging(path: Path) -> object:
+        swap(root)
+        return open_resolved(path)
+
+    monkeypatch.setattr(checks, "open_resolved", exchanging)
+    reference = {"reference": (root / "folder" / "train.csv").as_uri()}
+    answer = client.post("/v1/audits", json=request_body(train=reference))
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["pointer"] == "#/train/reference"
+    assert "secret" not in answer.text

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from winnow.results import Dataset
 
 SETS = ("train", "validation", "test")
-_SCHEMES = ("upload:", "file://", "hf://")
+_SCHEMES = ("upload:", "file://", "hf://", "https://", "s3://")
 _USUAL_NAMES = frozenset({"text", "label", "prompt", "completion", "messages"})
 _HASH_BYTES = 1024**2
 
@@ -120,7 +120,7 @@ def make_local(
         if not path.is_file():
             raise Refused(
                 f"--{name}: there is no file {reference!r}. Name a table (Parquet, JSONL or CSV), "
-                "or a reference: upload:…, file:///…, hf://datasets/…"
+                "or a reference: upload:…, file:///…, hf://datasets/…, https://…, s3://…"
             )
         content = (_sha256(path), json.dumps(named, sort_keys=True))
         if content not in done:
@@ -142,7 +142,7 @@ def _local_model(model: Any) -> Any:  # noqa: ANN401  the service says what is w
         if not folder.is_dir():
             raise Refused(
                 f"--model: there is no folder {reference!r}. Name one with a Transformers model, "
-                "or a reference: file:///…, hf://owner/name@revision"
+                "or a reference: file:///…, hf://owner/name@revision, s3://…"
             )
         found[field] = folder.resolve().as_uri()
     return found
