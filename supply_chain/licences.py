@@ -16,6 +16,7 @@ ALLOWED = frozenset(
 )
 # what is neither on the list nor says clearly what it is, and why it may stay
 EXCEPTIONS = {
+    "atheris": "says nothing; its LICENSE file is Apache-2.0. Of the tests alone",
     "axe-playwright-python": "says nothing; its LICENSE file is MIT's. Of the tests alone",
     "certifi": "MPL-2.0: a list of certificates, used unchanged; the licence is per file",
     "hypothesis": "MPL-2.0: of the tests alone, used unchanged; the licence is per file",
