@@ -220,9 +220,9 @@ def _look(server: psutil.Process, engine: Engine, data_dir: Path) -> dict[str, f
 
 
 def _size(process: psutil.Process) -> tuple[float, int]:
-    """Return a process's memory and handles; pages are divided among those that share them."""
+    """Return how much memory is the process's own, and its handles."""
     try:
-        return float(process.memory_full_info().pss), process.num_fds()
+        return float(process.memory_full_info().uss), process.num_fds()
     except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended meanwhile
         return 0.0, 0
 
