@@ -143,6 +143,16 @@ def test_every_queue_has_a_worker_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(taken) == sorted([queue] for queue in QUEUES)
 
 
+def test_credentials_for_what_is_fetched_are_the_fetchers_alone() -> None:
+    files = {
+        name: [file["path"] for file in service.get("env_file", ())]
+        for name, service in SERVICES.items()
+    }
+    assert files.pop("fetcher") == ["winnow.env", "fetch.env"]
+    assert all("fetch.env" not in paths for paths in files.values())
+    assert "*.env" in (ROOT / ".gitignore").read_text().split()
+
+
 def test_only_who_must_has_a_way_out() -> None:
     """The fetcher reads what others host, the API calls webhooks; GPU and data are inside."""
     networks = {name: set(of["networks"]) for name, of in SERVICES.items()}
