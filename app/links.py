@@ -3,32 +3,23 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fastapi import FastAPI
-
 _OK = ("200", "201", "202")
 _METHODS = {"get", "post"}
 # Where the id stands in what a list answers, and in what a call answers that makes one thing.
 _ID_OF = {"get": "$response.body#/data/0/id", "post": "$response.body#/id"}
 
 
-def describe_links(app: FastAPI) -> None:
+def describe_links(document: dict[str, Any]) -> None:
     """Let the OpenAPI document say which calls take the ids of an answer (OpenAPI 3.1, 4.8.20).
 
     What stands at /things/{id}, and one word further, is linked from GET and POST /things.
     """
-    described = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = described()
-        for path, operations in document["paths"].items():
-            for method in _METHODS & operations.keys():
-                links = dict(_links(document["paths"], path, identifier=_ID_OF[method]))
-                for status in _OK:
-                    if links and status in operations[method]["responses"]:
-                        operations[method]["responses"][status]["links"] = links
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend it
+    for path, operations in document["paths"].items():
+        for method in _METHODS & operations.keys():
+            links = dict(_links(document["paths"], path, identifier=_ID_OF[method]))
+            for status in _OK:
+                if links and status in operations[method]["responses"]:
+                    operations[method]["responses"][status]["links"] = links
 
 
 def _links(

@@ -1,8 +1,8 @@
 """The API as an ASGI application."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import Any, cast
 
 from celery import Celery
 from fastapi import FastAPI
@@ -154,7 +154,19 @@ def create_app(
     api.add_middleware(RequestContext)
     api.add_middleware(RequestMetrics, counts=api.state.metrics.requests)
     install_error_handlers(api)
-    describe_scopes(api)
-    describe_links(api)
+    _extend_document(api, describe_scopes, describe_links)
     install_end_of_streams(api)
     return api
+
+
+def _extend_document(api: FastAPI, *extensions: Callable[[dict[str, Any]], None]) -> None:
+    """Let the OpenAPI document say more than FastAPI knows."""
+    described = api.openapi
+
+    def openapi() -> dict[str, Any]:
+        if api.openapi_schema is None:
+            for extend in extensions:
+                extend(described())  # which keeps what it made
+        return described()
+
+    api.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend it
