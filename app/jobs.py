@@ -42,7 +42,7 @@ class _Connection(Connection):  # type: ignore[misc]  # Celery has no types
         return super().ensure_connection(*arguments, **{"interval_max": MAX_PAUSE, **options})
 
 
-class _Amqp(AMQP):  # type: ignore[misc]
+class _Amqp(AMQP):  # type: ignore[misc]  # likewise
     Connection = _Connection
 
 

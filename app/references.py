@@ -26,7 +26,7 @@ _HOST = re.compile(
     r"(?!.*\.\.)[0-9A-Za-z](?:[0-9A-Za-z._-]{0,252}[0-9A-Za-z.])?|\[[0-9A-Fa-f:.]{2,45}\]"
 )
 _BUCKET = re.compile(r"(?!.*(?:\.\.|\.-|-\.))(?![0-9.]+$)[0-9a-z][0-9a-z.-]{1,61}[0-9a-z]")
-_SMALLEST_PORT = 1024
+_SMALLEST_PORT, _LARGEST_PORT = 1024, 65535
 _HTTPS_PORT = 443
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
@@ -323,7 +323,7 @@ def _parse_web(text: str) -> WebReference:
         raise InvalidReference(f"{text!r} names no host: use https://host/file")
     is_port = digits.isdecimal() and len(digits) <= len("65535")
     port = int(digits) if is_port else 0
-    if port != _HTTPS_PORT and not _SMALLEST_PORT <= port <= 65535:  # noqa: PLR2004
+    if port != _HTTPS_PORT and not _SMALLEST_PORT <= port <= _LARGEST_PORT:
         raise InvalidReference(f"{text!r}: port {digits} is not called: use 443, or 1024 and up")
     try:
         path = urlsplit(text).path

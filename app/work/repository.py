@@ -17,13 +17,11 @@ from app.db import new_id, transaction
 from app.limits.usage import charge
 from app.webhooks.outbox import owe_end
 from app.work.models import Stage, UnitState, WorkUnit
+from app.work.progress import report_progress
 from app.work.stages import (
     STATE_OF_STAGE,
-    busy_seconds,
     next_stage,
     num_units,
-    overall_progress,
-    seconds_left,
 )
 from app.work.states import enter_ranking_state, enter_state, finish
 
@@ -142,7 +140,7 @@ def renew(
             owner.version += 1
             return False
         session.flush()
-        _report_progress(session, owner, held.stage)
+        report_progress(session, owner, held.stage)
         return is_cancelling(owner)
 
 
@@ -173,7 +171,7 @@ def complete(session: Session, held: Claim, *, result: dict[str, Any]) -> list[s
 
 def _go_on(session: Session, audit: Audit, held: Claim) -> list[str]:
     """Open an audit's next stage, or end it, when the unit was the last of its stage."""
-    _report_progress(session, audit, held.stage)
+    report_progress(session, audit, held.stage)
     open_units = select(func.count()).where(
         WorkUnit.audit_id == audit.id,
         WorkUnit.stage == held.stage,
@@ -385,25 +383,3 @@ def _withdraw_units(session: Session, owner: Owner, *, states: tuple[UnitState, 
         .where(is_theirs, WorkUnit.state.in_(states))
         .values(state=UnitState.CANCELLED, lease_until=None, owner=None)
     )
-
-
-def _report_progress(session: Session, audit: Audit, stage: Stage) -> None:
-    """Add up what the units of a stage tell: how far they are, and how fast all together."""
-    share_of_unit = func.least(1.0, WorkUnit.done * 1.0 / func.greatest(WorkUnit.total, 1))
-    is_running = WorkUnit.state == UnitState.RUNNING
-    fraction, speed, now = session.execute(
-        select(
-            func.avg(share_of_unit),
-            func.sum(WorkUnit.samples_per_second).filter(is_running),
-            func.now(),
-        ).where(WorkUnit.audit_id == audit.id, WorkUnit.stage == stage)
-    ).one()
-    progress = overall_progress(audit.request, stage, float(fraction or 0.0))
-    # a unit that is done again begins from its start; what was told stands until it is further
-    audit.progress = max(audit.progress, progress)
-    audit.busy_seconds = busy_seconds(audit.busy_seconds, since=audit.busy_until, now=now)
-    audit.busy_until = now
-    audit.eta_seconds = seconds_left(audit.busy_seconds, audit.progress)
-    # between two units nobody tells a speed; the last one is nearer to the truth than none
-    audit.samples_per_second = speed if speed is not None else audit.samples_per_second
-    audit.version += 1
