@@ -13,7 +13,12 @@ from typing import Any, NoReturn
 
 import pytest
 
+from app.datasets.files import DatasetLimits
+from app.references import parse_dataset_reference
 from tests.hostile.names import NameServer, look_up, name_server
+from workers.sources.datasets import resolve_dataset
+from workers.sources.hub import Hub
+from workers.sources.local import ResolvedDataset
 
 NAMES = ("files.test", "inside.test", "other.test")
 
@@ -36,6 +41,20 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[NameServer]:
 def no_upload(dataset_id: str) -> NoReturn:
     """Find an upload where there is none."""
     raise AssertionError(dataset_id)
+
+
+def resolve_elsewhere(reference: str, folder: Path, **sources: Any) -> ResolvedDataset:
+    """Resolve a reference to a dataset of 10 kB at most, where there is no hub and no upload."""
+    return resolve_dataset(
+        parse_dataset_reference(reference),
+        find_upload=no_upload,
+        roots=[],
+        hub=Hub(endpoint="http://127.0.0.1:9", cache_dir=folder / "hub"),
+        cache_dir=folder / "cache",
+        limits=DatasetLimits(),
+        max_bytes=10_000,
+        **sources,
+    )
 
 
 class FileServer(ThreadingHTTPServer):

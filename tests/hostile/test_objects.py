@@ -11,11 +11,9 @@ import torch
 from moto.server import ThreadedMotoServer
 from transformers import BertForSequenceClassification
 
-from app.datasets.files import DatasetLimits
 from app.references import ObjectReference, parse_dataset_reference, parse_model_reference
-from tests.hostile.conftest import no_upload
+from tests.hostile.conftest import resolve_elsewhere
 from tests.sources.conftest import tiny_config, write_tokenizer
-from workers.sources.datasets import resolve_dataset
 from workers.sources.errors import SourceError
 from workers.sources.hub import Hub
 from workers.sources.loading import load_model
@@ -69,16 +67,7 @@ Put = Callable[[str, str, bytes], None]
 @pytest.fixture
 def fetch(store: ObjectStore, tmp_path: Path) -> Callable[..., ResolvedDataset]:
     def fetch(reference: str, by: ObjectStore = store) -> ResolvedDataset:
-        return resolve_dataset(
-            parse_dataset_reference(reference),
-            find_upload=no_upload,
-            roots=[],
-            hub=Hub(endpoint="http://127.0.0.1:9", cache_dir=tmp_path / "hub"),
-            cache_dir=tmp_path / "cache",
-            limits=DatasetLimits(),
-            max_bytes=10_000,
-            store=by,
-        )
+        return resolve_elsewhere(reference, tmp_path, store=by)
 
     return fetch
 

@@ -11,18 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from app.datasets.files import DatasetLimits
 from app.references import parse_dataset_reference
 from app.settings import Settings
 from app.webhooks.calls import Call, Caller
-from tests.hostile.conftest import FileServer, no_upload
+from tests.hostile.conftest import FileServer, resolve_elsewhere
 from tests.hostile.names import NameServer
 from tests.webhooks.conftest import networks
 from tests.webhooks.receiver import receiving
 from workers.sources import fetched
-from workers.sources.datasets import resolve_dataset
 from workers.sources.errors import SourceError
-from workers.sources.hub import Hub
 from workers.sources.local import ResolvedDataset
 from workers.sources.web import Web
 
@@ -53,23 +50,13 @@ def inside(serve: Serve, files: FileServer) -> FileServer:
 def fetch(certificate: Path, tmp_path: Path) -> Fetch:
     """Resolve a reference as a worker does."""
 
-    def fetch(
-        url: str, *, allowed: str = "127.0.0.1/32", max_bytes: int = 10_000
-    ) -> ResolvedDataset:
-        return resolve_dataset(
-            parse_dataset_reference(url),
-            find_upload=no_upload,
-            roots=[],
-            hub=Hub(endpoint="http://127.0.0.1:9", cache_dir=tmp_path / "hub"),
-            cache_dir=tmp_path / "cache",
-            limits=DatasetLimits(),
-            max_bytes=10_000,
-            web=Web(
-                is_allowed=True,
-                networks=networks(allowed) if allowed else (),
-                ca_file=certificate,
-            ),
+    def fetch(url: str, *, allowed: str = "127.0.0.1/32") -> ResolvedDataset:
+        web = Web(
+            is_allowed=True,
+            networks=networks(allowed) if allowed else (),
+            ca_file=certificate,
         )
+        return resolve_elsewhere(url, tmp_path, web=web)
 
     return fetch
 
