@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from app.catalogue import AggregationName
+
 SPARK_WIDTH, SPARK_HEIGHT = 72, 18
 CHART_WIDTH, CHART_HEIGHT = 480, 150
 SHOWN_BINS = 48
@@ -163,7 +165,8 @@ def heat_maps(
         mine = {place[1:] for place in best if place[0] == estimator}
         if len(mine) == 1 and not chosen.keys() & {(estimator, *place) for place in mine}:
             continue
-        columns = list(dict.fromkeys(m.aggregation for m in measured if m.estimator == estimator))
+        asked = {aggregation for _, aggregation in mine}
+        columns = [name.value for name in AggregationName if name in asked]
         found = {layers for layers, _ in mine}
         layers = [name for name in layer_order if name in found]
         layers += sorted(found - set(layers))

@@ -36,6 +36,17 @@ def test_a_curve_ends_where_all_is_found() -> None:
     assert curve.at(0.5) == 0.5
 
 
+def test_the_columns_of_all_heat_maps_have_one_order() -> None:
+    """They stand beside each other, so that a reader compares by place."""
+    measured = [
+        Measured(estimator, "all", aggregation, 0.5)
+        for estimator, order in {"a": ["rank", "vote", "mean"], "b": ["vote", "mean"]}.items()
+        for aggregation in order
+    ]
+    maps = heat_maps(measured, layer_order=["all"], chosen={})
+    assert [one.columns for one in maps] == [["mean", "rank", "vote"], ["mean", "vote"]]
+
+
 def test_a_heat_map_takes_the_better_of_two_and_marks_what_ranks() -> None:
     measured = [
         Measured("a", "all", "mean", 0.5),
