@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from workers.influence.capture import captured, lay_out
 from workers.influence.contraction import FormChoice, TrackedModule, without
+from workers.influence.frozen_linear import freeze_linear_layers
 from workers.influence.kronecker import KroneckerSums
 from workers.influence.layers import ModuleSpec, find_block_stack, layer_groups
 from workers.influence.narrowing import NarrowLayers
 from workers.influence.objectives import Classification, Objective, Outcome
 from workers.influence.projection import Projection
 from workers.influence.reading import hidden_states, probe, reading_position
-from workers.influence.row_sparse import skip_zero_rows
 from workers.influence.rows import GradientRows
 from workers.influence.tracking import find_sites, merge
 
@@ -138,7 +138,8 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
             model, block_name=self._stack.block_names[-1], names=[site.name for site in self._sites]
         )
         model.to(dtype=dtype)
-        skip_zero_rows(model.get_submodule(self._stack.block_names[-1]))
+        last_block = model.get_submodule(self._stack.block_names[-1])
+        freeze_linear_layers(model, last_block=last_block)
         self._model: nn.Module | None = model
         self.device: torch.device = next(model.parameters()).device
         self._dtype = next(model.parameters()).dtype
@@ -146,7 +147,7 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         self.is_causal: bool = self._probe.is_causal
         self._narrow: NarrowLayers | None = None
         if isinstance(self._objective, Classification) and not self.is_causal:
-            self._narrow = NarrowLayers(model, model.get_submodule(self._stack.block_names[-1]))
+            self._narrow = NarrowLayers(model, last_block)
         self._track(
             FormChoice(projection=projection, longest=longest, needs_dense=needs_dense),
             hidden_states=hidden_states,
