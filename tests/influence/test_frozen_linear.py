@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from workers.influence.frozen_linear import freeze_linear_layers
+from workers.influence.frozen_linear import FrozenLayers
 
 NOWHERE = nn.ModuleList()
 
 
 def frozen(layer: nn.Module, *, is_in_last_block: bool) -> nn.Module:
     model = nn.ModuleList([copy.deepcopy(layer)])
-    freeze_linear_layers(model, last_block=model if is_in_last_block else NOWHERE)
+    FrozenLayers(model, last_block=model if is_in_last_block else NOWHERE)
     return model[0]
 
 

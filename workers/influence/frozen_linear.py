@@ -9,6 +9,8 @@ completions only, so everything position-wise in the last block has none at the 
 Shapes: N rows (batch times sequence), I/O input and output features.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,32 +20,57 @@ from torch import Tensor, nn
 _DENSE_SHARE = 0.5
 
 
-def freeze_linear_layers(model: nn.Module, *, last_block: nn.Module) -> None:
-    """Let every plain linear layer and Conv1D of a frozen model work as said above.
+class FrozenLayers:
+    """The plain linear layers and Conv1D of a frozen model, made to work as said above.
 
     Args:
         model: its weights are frozen; subclasses of linear layers are left alone.
         last_block: whose layers leave out the rows that are zero.
     """
-    in_last_block = set(last_block.modules())
-    for module in model.modules():
-        is_transposed = type(module).__name__ == "Conv1D"
-        if type(module) is nn.Linear or is_transposed:
-            module.forward = partial(
-                _forward,
-                module,
-                is_transposed=is_transposed,
-                skips_zero_rows=module in in_last_block,
-            )
 
+    def __init__(self, model: nn.Module, *, last_block: nn.Module) -> None:
+        in_last_block = set(last_block.modules())
+        self._is_halved = False
+        self._half: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+        for module in model.modules():
+            is_transposed = type(module).__name__ == "Conv1D"
+            if type(module) is nn.Linear or is_transposed:
+                module.forward = partial(
+                    self._forward,
+                    module,
+                    is_transposed=is_transposed,
+                    skips_zero_rows=module in in_last_block,
+                )
 
-def _forward(module: nn.Module, x: Tensor, *, is_transposed: bool, skips_zero_rows: bool) -> Tensor:
-    weight_OI: Any = module.weight.T if is_transposed else module.weight
-    x_NI = x.reshape(-1, x.shape[-1])
-    result_NO: Tensor = _FrozenLinear.apply(x_NI, weight_OI, module.bias, skips_zero_rows)  # type: ignore[no-untyped-call]
-    # a view made out here: models write to outputs in place, which autograd forbids to views that
-    # were made inside
-    return result_NO.view(*x.shape[:-1], len(weight_OI))
+    @contextmanager
+    def in_bfloat16(self) -> Iterator[None]:
+        """Make the products alone in bfloat16, everything between them as the model does.
+
+        For forward passes without gradients. The weights are kept in bfloat16 from now on, too.
+        """
+        self._is_halved = True
+        try:
+            yield
+        finally:
+            self._is_halved = False
+
+    def _forward(
+        self, module: nn.Module, x: Tensor, *, is_transposed: bool, skips_zero_rows: bool
+    ) -> Tensor:
+        weight_OI: Any = module.weight.T if is_transposed else module.weight
+        bias_O: Any = module.bias
+        if self._is_halved:
+            if module not in self._half:
+                self._half[module] = (
+                    weight_OI.bfloat16(),
+                    None if bias_O is None else bias_O.bfloat16(),
+                )
+            return nn.functional.linear(x.bfloat16(), *self._half[module]).to(x.dtype)
+        x_NI = x.reshape(-1, x.shape[-1])
+        result_NO: Tensor = _FrozenLinear.apply(x_NI, weight_OI, bias_O, skips_zero_rows)  # type: ignore[no-untyped-call]
+        # a view made out here: models write to outputs in place, which autograd forbids to views
+        # that were made inside
+        return result_NO.view(*x.shape[:-1], len(weight_OI))
 
 
 class _FrozenLinear(torch.autograd.Function):
