@@ -12,7 +12,7 @@ from workers.pipeline.artifacts import read_tensors, write_tensors
 from workers.pipeline.confidence import OutOfSample, predict_out_of_sample
 from workers.pipeline.context import StageContext
 from workers.pipeline.layout import ModelLayout
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.probe_samples import read_probes
 from workers.pipeline.probed_set import ProbedSet
 from workers.pipeline.samples import SampleSet

@@ -19,10 +19,11 @@ from workers.pipeline.artifacts import write_json
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import wishes_of
 from workers.pipeline.failures import AuditRefused
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.splitting import is_trained_on
 from workers.pipeline.training import Diverged, Runner, Training, train
+from workers.sources.libraries import Task
 from workers.sources.loading import load_model
 
 QUERY_AND_VALUE = (
@@ -129,9 +130,20 @@ def adapted_model(prepared: Prepared, options: FineTune) -> PeftModel:
     Raises:
         AuditRefused: the adapters do not fit the model; names the field.
     """
-    base: Any = load_model(
+    base = load_model(
         prepared.model, task=prepared.task, labels=prepared.labels, new_head_seed=options.seed
     ).model
+    return add_adapters(base, prepared.task, options)
+
+
+def add_adapters(base: Any, task: Task, options: FineTune) -> PeftModel:  # noqa: ANN401
+    """Return a base model with new adapters, drawn from the seed of the options alone.
+
+    A model without memory for its weights, on the meta device, gets adapters without any too.
+
+    Raises:
+        AuditRefused: the adapters do not fit the model; names the field.
+    """
     base.config.use_cache = False
     try:
         targets = _targets(base, options)
@@ -143,13 +155,14 @@ def adapted_model(prepared: Prepared, options: FineTune) -> PeftModel:
             return get_peft_model(
                 base,
                 LoraConfig(
-                    task_type=TASK_TYPES[prepared.task],
+                    task_type=TASK_TYPES[task],
                     r=options.rank,
                     lora_alpha=options.alpha,
                     lora_dropout=options.dropout,
                     target_modules=targets,
                     fan_in_fan_out=_is_transposed(base, targets),
                 ),
+                low_cpu_mem_usage=base.device.type == "meta",
             )
         except ValueError as error:
             raise AuditRefused(

@@ -13,7 +13,7 @@ from workers.pipeline.artifacts import read_tensors, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.fine_tune import adapted_model
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.runtime import forget_runtime
 from workers.pipeline.samples import NO_CLASS, SampleSet
 from workers.pipeline.splitting import is_trained_on

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +29,7 @@ __all__ = [
     "LoadedModel",
     "has_chat_template",
     "load_model",
+    "load_skeleton",
     "load_tokenizer",
     "longest_input",
     "match_labels",
@@ -89,6 +90,27 @@ def load_model(
     return LoadedModel(model=model.eval(), tokenizer=tokenizer)
 
 
+def load_skeleton(
+    resolved: ResolvedModel, *, task: Task = "classification", labels: Sequence[Label] = ()
+) -> nn.Module:
+    """Return the model, with its adapter, as `load_model` does but without memory for weights.
+
+    Raises:
+        SourceError: the config or the adapter's is not valid.
+    """
+    config = load_config(resolved, task)
+    if task == "classification":
+        _set_labels(config, labels)
+    with quiet():
+        model = build_skeleton(config, task)
+        if resolved.adapter_path is None:
+            return model.eval()
+        with refused("the adapter does not fit the model", "unsupported_adapter", "adapter"):
+            adapter = PeftConfig.from_pretrained(str(resolved.adapter_path))
+            adapted: nn.Module = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+        return adapted.eval()
+
+
 def longest_input(resolved: ResolvedModel, *, task: Task = "classification") -> int | None:
     """Return how many tokens the model has positions for; None where it does not say.
 
@@ -132,15 +154,19 @@ def _load_classifier(
             "model",
         )
     config = load_config(resolved, "classification")
-    config.num_labels = len(labels)
-    config.id2label = {i: str(label) for i, label in enumerate(labels)}
-    config.label2id = {str(label): i for i, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"
+    _set_labels(config, labels)
     model, report = _load_weights(resolved, config=config, task="classification", dtype=dtype)
     check_weights(report, may_miss=_replaced(head, report, is_new=is_new))
     if is_new:
         draw_head(model, names=head.names)
     return model
+
+
+def _set_labels(config: Any, labels: Sequence[Label]) -> None:  # noqa: ANN401
+    config.num_labels = len(labels)
+    config.id2label = {i: str(label) for i, label in enumerate(labels)}
+    config.label2id = {str(label): i for i, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
 
 
 def _replaced(head: Head, report: dict[str, Any], *, is_new: bool) -> frozenset[str]:
