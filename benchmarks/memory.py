@@ -21,6 +21,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from app.db import make_engine
 from app.embedded import embedded_postgres
 from app.migrate import migrate
 from app.settings import get_settings
+from app.work.models import Stage
 from benchmarks.local_worker import LocalWorker, package_folder
 from benchmarks.resident import StagePeaks
 
@@ -59,7 +61,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a folder with request.json: run it, print peaks")
     options = parser.parse_args()
     if options.run is not None:
-        print(json.dumps(run_audit(options.run)))
+        print(json.dumps(asdict(run_audit(options.run))))
         return
     sizes = options.sizes or SIZES[options.encoder]
     with tempfile.TemporaryDirectory(prefix="winnow-benchmark-") as name:
@@ -71,21 +73,34 @@ def main() -> None:
             request["ranking"]["aggregation"] = "rank"
             request["flag"] = {"fraction": 0.1}
         with embedded_postgres(folder / "servers") as database_url:
-            peaks = [measure(folder, request, size, database_url) for size in sizes]
+            peaks = [measure(folder, request, size, database_url).peaks for size in sizes]
     small, large = peaks
     table = Table(title=f"Peak resident memory of a worker, {options.encoder}")
     for column in ("stage", *(f"{size:,} samples, MB" for size in sizes), "ratio"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in (*small, "all"):
         few, many = (of.get(stage, max(of.values())) for of in (small, large))
-        table.add_row(stage, f"{few:.0f}", f"{many:.0f}", f"{many / few:.2f}")
+        table.add_row(stage, f"{few / 1e6:.0f}", f"{many / 1e6:.0f}", f"{many / few:.2f}")
     Console(width=100).print(table)
 
 
-def measure(
-    folder: Path, request: dict[str, Any], size: int, database_url: str
-) -> dict[str, float]:
-    """Run the audit in a process of its own and return its peaks in MB by stage."""
+@dataclass(frozen=True)
+class Measured:
+    """What one audit took, and what it had told before.
+
+    Attributes:
+        peaks: resident bytes by stage.
+        disk_bytes: the most that its folder held.
+        estimate: as the audit told it.
+    """
+
+    peaks: dict[str, int]
+    disk_bytes: int
+    estimate: dict[str, Any]
+
+
+def measure(folder: Path, request: dict[str, Any], size: int, database_url: str) -> Measured:
+    """Run the audit in a process of its own and return what it took."""
     home = folder / f"run-{size}"
     home.mkdir()
     train = (folder / f"{size}.parquet").as_uri()
@@ -104,23 +119,31 @@ def measure(
         stdout=subprocess.PIPE,
         check=True,
     )
-    peaks: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return peaks
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def run_audit(folder: Path) -> dict[str, float]:
-    """Run one audit in this process and return the peak of each stage."""
+def run_audit(folder: Path) -> Measured:
+    """Run one audit in this process and return what it took."""
     settings = get_settings()
     settings.data_dir.mkdir()
     engine = make_engine(settings.require_database_url())
     migrate(engine)
     peaks = StagePeaks()
     request = json.loads((folder / "request.json").read_text())
-    LocalWorker(engine, settings, folder).run(request, after_unit=peaks.note)
-    return {stage: peak / 1e6 for stage, peak in peaks.by_stage.items()}
+    disk = [0]
+
+    def after_unit(stage: Stage) -> None:
+        peaks.note(stage)
+        files = (path for path in settings.data_dir.rglob("*") if path.is_file())
+        disk.append(sum(path.stat().st_size for path in files if "audits" in path.parts))
+
+    audit = LocalWorker(engine, settings, folder).run(request, after_unit=after_unit)
+    return Measured(peaks.by_stage, max(disk), audit.provenance["estimate"])
 
 
-def minilm_request(folder: Path) -> dict[str, Any]:
+def minilm_request(
+    folder: Path, *, num_train: int | None = None, characters: int = 200
+) -> dict[str, Any]:
     """Write a LoRA adapter with a head, as a fine-tuning run leaves it, and tables of reviews."""
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=2)
@@ -132,10 +155,11 @@ def minilm_request(folder: Path) -> dict[str, Any]:
                 parameter.normal_(std=0.05)
     adapted.save_pretrained(folder / "adapter")
     with REVIEWS.open(newline="") as file:
-        rows = [(row["text"][:200], int(row["label"])) for row in csv.DictReader(file)]
+        rows = [(row["text"][:characters], int(row["label"])) for row in csv.DictReader(file)]
     random.Random(0).shuffle(rows)
     rows = [row for row in rows if row[0].strip()]
-    parts = {str(size): rows[NUM_VALIDATION:][:size] for size in SIZES["minilm"]}
+    sizes = [num_train] if num_train else SIZES["minilm"]
+    parts = {str(size): rows[NUM_VALIDATION:][:size] for size in sizes}
     for name, part in {**parts, "validation": rows[:NUM_VALIDATION]}.items():
         texts, labels = zip(*part, strict=True)
         write_table(folder / f"{name}.parquet", texts, labels)

@@ -209,7 +209,7 @@ def skeleton(context: StageContext, prepared: Prepared) -> nn.Module:
     model: nn.Module = load_skeleton(prepared.model, task=prepared.task, labels=prepared.labels)
     model.float()
     if context.request.fine_tune is not None:
-        return add_adapters(model, prepared.task, context.request.fine_tune)
+        model = add_adapters(model, prepared.task, context.request.fine_tune)
     return model
 
 
