@@ -123,13 +123,13 @@ def _out_of_sample(
     num_classes: int,
 ) -> OutOfSample | None:
     """Ask the simple model, once for the audit and all its rankings."""
-    features_TH = facts.wide("features")
-    if features_TH is None or "features" not in validation_facts:
+    features = facts.wide("features")
+    if features is None or "features" not in validation_facts:
         return None
     path = context.artifacts.out_of_sample
     if not path.exists():
         found = predict_out_of_sample(
-            features_TH,
+            features,
             train.label_T,
             validation_facts["features"],
             num_classes=num_classes,
