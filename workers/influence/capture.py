@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.influence.errors import UnsupportedModule
+from workers.influence.recomputing import is_recomputing
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,8 @@ def captured(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Captur
             if torch.is_grad_enabled() and not output.requires_grad:
                 # nothing below is tracked: the graph starts here, and so ends the backward pass
                 output.requires_grad_()
+            if is_recomputing():
+                return
             x = inputs[0].detach()
             captures[name].append(Capture(x, output, _versions(x, output)))
 

@@ -25,6 +25,7 @@ from workers.influence.narrowing import NarrowLayers
 from workers.influence.objectives import Classification, Objective, Outcome
 from workers.influence.projection import Projection
 from workers.influence.reading import hidden_states, probe, reading_position
+from workers.influence.recomputing import recompute_blocks
 from workers.influence.row_sparse import skip_zero_rows
 from workers.influence.rows import GradientRows
 from workers.influence.tracking import find_sites, merge
@@ -89,6 +90,7 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
             where it was trained.
         hidden_states: give the blocks' hidden states too.
         kronecker: give the Kronecker sums of every matrix too.
+        recompute: keep the inputs of the blocks alone and compute the rest again on the way back.
 
     Attributes:
         modules: what is tracked, in the order of `SampleGradients.gradients`; the word embedding,
@@ -117,6 +119,7 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         word_embeddings: bool = False,
         hidden_states: bool = False,
         kronecker: bool = False,
+        recompute: bool = False,
     ) -> None:
         self._objective: Objective = Classification() if objective is None else objective
         adapted = merge(model, target_modules)
@@ -147,6 +150,8 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         self._narrow: NarrowLayers | None = None
         if isinstance(self._objective, Classification) and not self.is_causal:
             self._narrow = NarrowLayers(model, model.get_submodule(self._stack.block_names[-1]))
+        if recompute:
+            recompute_blocks(model, self._stack.block_names)
         self._track(
             FormChoice(projection=projection, longest=longest, needs_dense=needs_dense),
             hidden_states=hidden_states,
