@@ -139,6 +139,11 @@ class AuditResults(BaseModel):
     num_non_finite_validation: int | None = Field(
         None, description="Validation samples whose loss or gradient is not finite: left out."
     )
+    num_compared: int | None = Field(
+        None,
+        description="Training samples whose influence was computed: with effort fast those with "
+        "the highest losses, else all whose loss and gradient are finite.",
+    )
     choice: Choice | None = Field(None, description="None where the request left nothing open.")
     noise: NoiseEstimate | None = Field(
         None, description="None where it cannot be told: without classes and without probes."

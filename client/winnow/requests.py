@@ -184,6 +184,7 @@ class AuditRequest(Request):
     verify: Verify | None = None
     max_tokens: int | None = None
     precision: str | None = None
+    effort: str | None = None
     max_nonfinite_fraction: float | None = None
     seed: int | None = None
     metadata: dict[str, str] | None = None

@@ -196,7 +196,7 @@ def test_a_copy_or_an_original_that_is_not_finite_leaves_with_the_other(
     assert probed.is_probe_T.nonzero().flatten().tolist() == [1, 9, 12]
     assert (~probed.facts.is_finite_T).nonzero().flatten().tolist() == [4, 5, 7]
     assert probed.probe_facts.is_finite_T.tolist() == [True, False, False, True, True]
-    assert probed.is_probe_F.tolist() == [i in {1, 9, 12} for i in range(13) if i not in {4, 5, 7}]
+    assert probed.is_probe_N.tolist() == [i in {1, 9, 12} for i in range(13) if i not in {4, 5, 7}]
     for estimator in KINDS:
         score_T = broken.scores(probed, estimator)[first_group(estimator)]
         lowest = score_T[probed.facts.is_finite_T].min()
@@ -217,7 +217,7 @@ def test_how_well_the_copies_are_found_is_measured_on_those_that_take_part(
             correct_only=row["correct_only"],
         )[..., probed.facts.is_finite_T]
         scores = aggregation_oracles.aggregate(columns, row["aggregation"])
-        expected = oracles.auc_ndr(scores, probed.is_probe_F.tolist())
+        expected = oracles.auc_ndr(scores, probed.is_probe_N.tolist())
         assert row["detection"]["auc_ndr"] == pytest.approx(expected, abs=1e-9)
 
 
@@ -241,7 +241,7 @@ def test_a_large_training_set_takes_part_with_all_probes_and_some_others(
     parts = [broken.probed(max_samples=7, seed=seed) for seed in (0, 0, 1, 2, 3)]
     for part in parts:
         assert torch.equal(part.is_probe_T, whole.is_probe_T)
-        assert len(part.facts.finite_F) == 7
+        assert len(part.facts.finite_N) == 7
         assert bool((whole.facts.is_finite_T | ~part.facts.is_finite_T).all())
         score_T = broken.scores(part, "repsim", aggregation="rank")["all"]
         columns = broken.columns(
@@ -249,7 +249,7 @@ def test_a_large_training_set_takes_part_with_all_probes_and_some_others(
         )
         expected = aggregation_oracles.aggregate(columns, "rank")
         assert score_T[part.facts.is_finite_T].tolist() == pytest.approx(expected, rel=1e-5)
-    drawn = [tuple(part.facts.finite_F.tolist()) for part in parts]
+    drawn = [tuple(part.facts.finite_N.tolist()) for part in parts]
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) > 2
     alone = broken.probed(max_samples=2)

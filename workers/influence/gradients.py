@@ -8,7 +8,7 @@ Shapes: B batch, S sequence, M modules, L blocks, H hidden size.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from workers.influence.capture import captured, lay_out
 from workers.influence.contraction import FormChoice, TrackedModule, without
+from workers.influence.frozen_linear import FrozenLayers
 from workers.influence.kronecker import KroneckerSums
 from workers.influence.layers import ModuleSpec, find_block_stack, layer_groups
 from workers.influence.narrowing import NarrowLayers
@@ -26,7 +27,6 @@ from workers.influence.objectives import Classification, Objective, Outcome
 from workers.influence.projection import Projection
 from workers.influence.reading import hidden_states, probe, reading_position
 from workers.influence.recomputing import recompute_blocks
-from workers.influence.row_sparse import skip_zero_rows
 from workers.influence.rows import GradientRows
 from workers.influence.tracking import find_sites, merge
 
@@ -141,7 +141,8 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
             model, block_name=self._stack.block_names[-1], names=[site.name for site in self._sites]
         )
         model.to(dtype=dtype)
-        skip_zero_rows(model.get_submodule(self._stack.block_names[-1]))
+        last_block = model.get_submodule(self._stack.block_names[-1])
+        self._layers = FrozenLayers(model, last_block=last_block)
         self._model: nn.Module | None = model
         self.device: torch.device = next(model.parameters()).device
         self._dtype = next(model.parameters()).dtype
@@ -149,7 +150,7 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         self.is_causal: bool = self._probe.is_causal
         self._narrow: NarrowLayers | None = None
         if isinstance(self._objective, Classification) and not self.is_causal:
-            self._narrow = NarrowLayers(model, model.get_submodule(self._stack.block_names[-1]))
+            self._narrow = NarrowLayers(model, last_block)
         if recompute:
             recompute_blocks(model, self._stack.block_names)
         self._track(
@@ -181,6 +182,31 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         )
         self.groups: dict[str, tuple[int, ...]] = layer_groups(self.modules)
         return self
+
+    def restrict(self, chosen: Collection[int]) -> None:
+        """Take gradients of some modules alone from now on: the pass back ends at the lowest.
+
+        Args:
+            chosen: positions in `modules`; what belongs to the same part of the model comes along.
+        """
+        names = {spec.name for place, spec in enumerate(self.modules) if place in chosen}
+        groups = {
+            group: [self.modules[place].name for place in members]
+            for group, members in self.groups.items()
+        }
+        self._sites = [
+            site
+            for site, tracked in zip(self._sites, self._tracked, strict=True)
+            if any(spec.name in names for spec in tracked.specs)
+        ]
+        self._track(self._choice, hidden_states=self._hidden_states, kronecker=self._kronecker)
+        # a group of which something is missing is none any more
+        places = {spec.name: place for place, spec in enumerate(self.modules)}
+        self.groups = {
+            group: tuple(places[name] for name in members)
+            for group, members in groups.items()
+            if all(name in places for name in members)
+        }
 
     def exact(self) -> "GradientExtractor":
         """Return an extractor for the same modules of the same model without any projection.
@@ -267,6 +293,39 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         if bool(result.is_finite_B.all()):
             return result
         return self._without_broken(result, inputs, targets)
+
+    @torch.no_grad()
+    def screen(self, inputs: Mapping[str, Tensor], targets: Tensor) -> SampleGradients:
+        """Run the model forwards only, with products in bfloat16: three times as fast as `extract`.
+
+        For telling which samples are worth their gradients. Losses are right to about 1 %.
+
+        Args:
+            inputs: what the model's forward takes, as for `extract`.
+            targets: what the objective takes, likewise.
+
+        Returns:
+            What `extract` gives, without gradients and Kronecker sums; all lengths are 0.
+        """
+        if self._model is None:
+            raise ValueError("the extractor is closed.")
+        with ExitStack() as stack:
+            stack.enter_context(self._layers.in_bfloat16())
+            if self._narrow is not None:
+                stack.enter_context(self._narrow.in_use())
+            position_B = self._position(inputs["attention_mask"])
+            states = stack.enter_context(hidden_states(self._blocks(), position_B))
+            outcome = self._objective.run(self._model, inputs, targets).detach()
+        loss_B = outcome.loss_B.float()
+        return SampleGradients(
+            gradients=(),
+            squared_norm_MB=loss_B.new_zeros(len(self.modules), len(loss_B)),
+            loss_B=loss_B,
+            outcome=outcome,
+            is_finite_B=torch.isfinite(loss_B),
+            hidden_LBH=torch.stack(list(states.values())) if self._hidden_states else None,
+            kronecker=(),
+        )
 
     def _loss_scale(self, loss_B: Tensor) -> Tensor | None:
         """Return powers of two that keep the gradients of a float16 model from vanishing.

@@ -103,6 +103,7 @@ def aggregate(context: StageContext) -> StageOutput:
                 "num_noisy": int(noisy_T.sum()) if noisy_T is not None else None,
                 "num_non_finite": facts.num_non_finite,
                 "num_non_finite_validation": int((~is_finite_V).sum()),
+                "num_compared": len(facts.compared_F),
                 "warnings": [
                     *made.summary["warnings"],
                     *warn_of(facts.is_finite_T, name="training"),

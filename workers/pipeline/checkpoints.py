@@ -15,6 +15,7 @@ from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.memory import in_batches
 from workers.pipeline.non_finite import check_share
 from workers.pipeline.runtime import Runtime, load_runtime
+from workers.pipeline.screening import compared, narrowed
 from workers.pipeline.validation_rows import collect_validation, write_rows
 
 
@@ -45,8 +46,13 @@ def compute_checkpoint(context: StageContext) -> StageOutput:
     influence_MVT = torch.zeros(len(modules), len(runtime.trusted), len(shard))
     is_finite_T = torch.ones(len(shard), dtype=torch.bool)
 
-    def work(positions: slice, indices: Tensor) -> None:
-        context.hold.tick(positions.start, len(shard))
+    is_compared_T = compared(shard)
+
+    def work(batch: slice, indices: Tensor) -> None:
+        context.hold.tick(batch.start, len(shard))
+        positions, indices = narrowed(batch, indices, is_compared_T[batch])
+        if not len(indices):
+            return
         sample = runtime.extract(shard.samples, indices)
         is_finite_T[positions] = sample.is_finite_B.cpu()
         for module in modules:

@@ -114,8 +114,8 @@ def choose(context: StageContext, findings: Findings, ranking: RankingSpecificat
     if is_settled(ranking):
         return Choice([Member(settled(ranking))])
     probed = findings.probed(context)
-    if not bool(probed.is_probe_F.any()):
-        return _by_default(context, findings, ranking, num_samples=len(probed.is_probe_F))
+    if not bool(probed.is_probe_N.any()):
+        return _by_default(context, findings, ranking, num_samples=len(probed.is_probe_N))
     scorer = findings.scorer(context, probed)
     table: list[Candidate] = []
     for estimator in _candidates(context, ranking):
@@ -129,7 +129,7 @@ def choose(context: StageContext, findings: Findings, ranking: RankingSpecificat
     if not table:
         raise UnknownLayers(f"no estimator of this audit has the layers {ranking.layers!r}.")
     table.sort(key=lambda candidate: -candidate.auc_ndr)
-    num_probes, num_samples = int(probed.is_probe_F.sum()), len(probed.is_probe_F)
+    num_probes, num_samples = int(probed.is_probe_N.sum()), len(probed.is_probe_N)
     if ranking.estimator == CONSENSUS:
         members = _members(table)
     else:

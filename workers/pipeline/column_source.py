@@ -1,7 +1,7 @@
 """Read the influence of one estimator: by columns, or by training samples with all their columns.
 
-Shapes: F training samples whose loss and gradient are finite, B a block of them, R rows (modules or
-blocks of the model), V the columns of a row that count, C a block of them, K = R · V columns.
+Shapes: F training samples that are compared, B a block of them, R rows (modules or blocks of the
+model), V the columns of a row that count, C a block of them, K = R · V columns.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ FLOAT32 = 4
 
 
 class ColumnSource(ABC):
-    """The influence of one estimator on the finite training samples, in the order of the file.
+    """The influence of one estimator on the compared training samples, in the order of the file.
 
     Attributes:
         num_rows: R.
@@ -51,12 +51,12 @@ class ShardedSource(ColumnSource):
 
     def __init__(self, facts: TrainingFacts) -> None:
         self._facts = facts
-        self.num_train, self.num_read = len(facts.finite_F), len(facts)
-        # of every finite sample the place in the shards, one after the other
+        self.num_train, self.num_read = len(facts.compared_F), len(facts)
+        # of every compared sample the place in the shards, one after the other
         order_T = torch.cat(facts.shard_index).argsort()
-        self._order_F = order_T[facts.is_finite_T].numpy()
-        place_T = facts.is_finite_T.cumsum(dim=0) - 1
-        self._is_kept = [facts.is_finite_T[index] for index in facts.shard_index]
+        self._order_F = order_T[facts.is_compared_T].numpy()
+        place_T = facts.is_compared_T.cumsum(dim=0) - 1
+        self._is_kept = [facts.is_compared_T[index] for index in facts.shard_index]
         self._places = [
             place_T[index[kept]]
             for index, kept in zip(facts.shard_index, self._is_kept, strict=True)
@@ -74,11 +74,11 @@ class ShardedSource(ColumnSource):
         return torch.from_numpy(influence_CT.take(self._order_F, axis=1))
 
     def sample_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield training samples, as positions among the finite ones, and influence_KB."""
+        """Yield training samples, as positions among the compared ones, and influence_KB."""
         num_columns = self.num_rows * self.num_columns
         step = samples_per_block(num_columns)
         for shard, (place, kept) in enumerate(zip(self._places, self._is_kept, strict=True)):
-            # where a sample of the shard stands among its finite ones
+            # where a sample of the shard stands among its compared ones
             position = kept.cumsum(dim=0)
             for start in range(0, len(kept), step):
                 block = slice(start, min(start + step, len(kept)))

@@ -140,10 +140,10 @@ def _training_gradients(
     facts = [TensorFile(shard.files.facts(shard.number)) for _, shard in shards]
     # summed once over all shards: no bit of the damping depends on how they were cut
     squared_norm_T = torch.cat([file.rows("squared_norm", module) for file in facts])
-    num_finite = sum(int(file.rows("is_finite").sum()) for file in facts)
+    num_compared = sum(int(file.rows("is_compared").sum()) for file in facts)
     return TrainingGradients(
-        num_samples=num_finite,
-        mean_squared_norm=float(squared_norm_T.double().sum()) / max(1, num_finite),
+        num_samples=num_compared,
+        mean_squared_norm=float(squared_norm_T.double().sum()) / max(1, num_compared),
         spec=runtime.extractor.modules[module],
         kronecker=_read_kronecker([shard for _, shard in shards], module),
         blocks=partial(_blocks, context, runtime, shards, block, module),

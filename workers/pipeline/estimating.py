@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from app.audits.automatic import computed_estimators, needs_features
-from app.catalogue import EstimatorName
+from app.audits.fitting import named_rankings
+from app.audits.schemas import AuditRequest
+from app.catalogue import AUTO, EstimatorName
 from workers.influence.estimators import Estimator, make_estimator
 from workers.pipeline.context import StageContext
 
@@ -29,6 +31,14 @@ def make_named(context: StageContext, name: str) -> Estimator:
     """Return one estimator with the audit's parameters."""
     parameters = context.request.estimator_parameters
     return make_estimator(name, parameters.get(EstimatorName(name), {}))
+
+
+def layers_of_interest(request: AuditRequest) -> list[str] | None:
+    """Return the layer expressions that gradients are wanted of; None for all layers."""
+    ranked = [ranking.layers for _, ranking in named_rankings(request)]
+    if request.layer_groups is None or AUTO in ranked:
+        return None
+    return [*request.layer_groups, *ranked]
 
 
 def wishes_of(context: StageContext) -> Wishes:

@@ -14,7 +14,8 @@ class Facts:
     """Collects loss, prediction and gradient lengths of samples, batch by batch.
 
     Of a classifier also the probabilities of the classes, and with `features` what it reads its
-    answer from: the last block's hidden states.
+    answer from: the last block's hidden states. Compared by influence are the samples whose
+    gradient was taken, and is finite.
     """
 
     def __init__(self, num_samples: int, num_modules: int, *, features: bool = False) -> None:
@@ -26,6 +27,7 @@ class Facts:
             "given_probability": torch.zeros(num_samples),
             "squared_norm": torch.zeros(num_modules, num_samples),
             "is_finite": torch.zeros(num_samples, dtype=torch.bool),
+            "is_compared": torch.zeros(num_samples, dtype=torch.bool),
         }
 
     def put(self, positions: slice | Tensor, sample: SampleGradients) -> None:
@@ -38,6 +40,8 @@ class Facts:
         self._tensors["given_probability"][positions] = outcome.given_probability_B.cpu()
         self._tensors["squared_norm"][:, positions] = sample.squared_norm_MB.cpu()
         self._tensors["is_finite"][positions] = sample.is_finite_B.cpu()
+        if sample.gradients:
+            self._tensors["is_compared"][positions] = sample.is_finite_B.cpu()
         if outcome.logits_BC is not None:
             self._put_wide("class_probability", positions, outcome.logits_BC.softmax(dim=1))
             if self._has_features and sample.hidden_LBH is not None:

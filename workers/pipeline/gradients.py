@@ -18,6 +18,7 @@ from workers.pipeline.estimating import wishes_of
 from workers.pipeline.facts import Facts, Totals
 from workers.pipeline.memory import BatchLimits, in_batches, plan_batches
 from workers.pipeline.runtime import Runtime, load_runtime
+from workers.pipeline.screening import compared, narrowed, screened
 from workers.pipeline.shard_influence import ShardInfluence
 
 
@@ -46,8 +47,13 @@ def compute_gradients(context: StageContext) -> StageOutput:
     # nobody asks what is like a probe
     is_sketched = not (shard.is_probes or runtime.sketch.is_empty)
 
-    def work(positions: slice, indices: Tensor) -> None:
-        context.hold.tick(positions.start, len(shard))
+    def work(batch: slice, indices: Tensor) -> None:
+        context.hold.tick(batch.start, len(shard))
+        positions, indices = screened(
+            context, runtime, shard, batch=batch, indices=indices, facts=facts
+        )
+        if not len(indices):
+            return
         sample = runtime.extract(shard.samples, indices)
         facts.put(positions, sample)
         if is_sketched:
@@ -124,9 +130,11 @@ def compute_again(
     shard: int,
     *,
     modules: Sequence[int],
-    use: Callable[[int, slice, Tensor], None],
+    use: Callable[[int, slice | Tensor, Tensor], None],
 ) -> None:
     """Compute a shard's gradients of some modules again, batch by batch.
+
+    Those of samples that are not compared are not computed.
 
     Args:
         context: the unit of work.
@@ -137,13 +145,17 @@ def compute_again(
             for positions whose batch ran out of memory.
     """
     part = runtime.shard(context, shard)
+    is_compared_T = compared(part)
     for planned in shard_batches(context, runtime, shard):
         index_B = part.index_T[planned]
 
-        def work(positions: slice, indices: Tensor, first: int = planned.start) -> None:
+        def work(batch: slice, indices: Tensor, first: int = planned.start) -> None:
             context.hold.keep_alive()
+            whole = slice(first + batch.start, first + batch.stop)
+            place, indices = narrowed(whole, indices, is_compared_T[whole])
+            if not len(indices):
+                return
             gradients = runtime.extract(part.samples, indices).gradients
-            place = slice(first + positions.start, first + positions.stop)
             for module in modules:
                 use(module, place, gradients[module].dense())
 
@@ -173,7 +185,10 @@ def keep_block(
         }
 
         def keep(
-            module: int, positions: slice, gradient_Bd: Tensor, kept: dict[int, Tensor] = kept
+            module: int,
+            positions: slice | Tensor,
+            gradient_Bd: Tensor,
+            kept: dict[int, Tensor] = kept,
         ) -> None:
             kept[module][positions] = gradient_Bd.cpu()
 

@@ -19,7 +19,7 @@ def compute_influence(context: StageContext) -> StageOutput:
     shape = (len(modules), len(runtime.trusted), len(shard))
     influence = {estimator.name: torch.zeros(shape) for estimator in curvature_estimators(context)}
 
-    def multiply(module: int, positions: slice, gradient_Bd: torch.Tensor) -> None:
+    def multiply(module: int, positions: slice | torch.Tensor, gradient_Bd: torch.Tensor) -> None:
         for name, influence_MVT in influence.items():
             query_Vd = queries[name, module]
             influence_MVT[module, :, positions] = (query_Vd @ gradient_Bd.T).cpu()

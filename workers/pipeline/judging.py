@@ -152,7 +152,7 @@ def _confidences(context: StageContext, findings: Findings) -> tuple[Tensor, Ten
     return (
         findings.facts.given_probability_T,
         findings.validation_facts["given_probability"][is_finite_V],
-        probe_facts.given_probability_T[probe_facts.finite_F],
+        probe_facts.given_probability_T[probe_facts.finite_N],
     )
 
 

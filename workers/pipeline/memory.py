@@ -39,6 +39,10 @@ class BatchLimits:
         """Return the limits that were planned when computing began."""
         return cls(provenance["tokens_per_batch"], provenance["samples_per_batch"])
 
+    def samples_of(self, length: int) -> int:
+        """Return how many samples of a length fit into a batch."""
+        return max(1, min(self.samples, self.tokens // max(1, length)))
+
     def halved(self) -> Self:
         """Return half of it; in the end a batch is one sample."""
         return type(self)(max(1, self.tokens // 2), max(1, self.samples // 2))

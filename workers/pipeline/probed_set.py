@@ -1,6 +1,7 @@
 """The training set with the probes in the place of their originals.
 
-Shapes: T training samples, F those of them that take part, P probes, C a block of columns.
+Shapes: T training samples, N those of them that take part, F those of these that are compared, P
+probes, C a block of columns.
 """
 
 from dataclasses import dataclass
@@ -74,14 +75,12 @@ class ProbedSet:
         takes_part_T = is_probe_T.clone()
         takes_part_T[other_N] = True
         probe_facts = probe_facts.only(used_P)
-        loss_T = facts.loss_T.clone()
-        loss_T[index_P[used_P]] = probe_facts.loss_T[used_P]
         label_T = train.label_T.clone()
         if not train.has_completions:
             label_T[index_P] = probes.target_P
         originals = facts.only(takes_part_T)
         return cls(
-            facts=originals.with_losses(loss_T),
+            facts=originals.replaced(index_P[used_P], probe_facts),
             label_T=label_T,
             is_probe_T=is_probe_T,
             artifacts=artifacts.probes,
@@ -89,16 +88,21 @@ class ProbedSet:
         )
 
     @property
-    def is_probe_F(self) -> Tensor:
+    def is_probe_N(self) -> Tensor:
         """Which of the samples that take part are probes."""
-        return self.is_probe_T[self.facts.finite_F]
+        return self.is_probe_T[self.facts.finite_N]
+
+    @property
+    def is_probe_F(self) -> Tensor:
+        """Which of the samples that are compared are probes."""
+        return self.is_probe_T[self.facts.compared_F]
 
 
 class ProbedSource(ColumnSource):
     """Influence by columns, that of the probes in the place of their originals'.
 
     Args:
-        train: the influence of the samples that take part.
+        train: the influence of the samples that are compared.
         probes: that of the probes.
         is_probe_F: which of the samples are replaced.
     """

@@ -1,6 +1,6 @@
 """The validation samples that each training sample harms and helps most.
 
-Shapes: T training samples, F those that are finite, V a block of validation samples, K the
+Shapes: T training samples, F those that are compared, V a block of validation samples, K the
 related ones.
 """
 
@@ -22,7 +22,7 @@ _SAMPLES = 8192
 class Related:
     """Validation samples that each training sample harms and helps most.
 
-    A training sample that is not finite has influence 0 on the first ones.
+    A training sample that is not compared has influence 0 on the first ones.
 
     Attributes:
         harmed_KT, helped_KT: validation indices, the most affected first.
@@ -87,7 +87,7 @@ def find_related(
 
     def spread(value_KF: Tensor, default_K: Tensor) -> Tensor:
         value_KT = default_K[:, None].repeat(1, len(facts))
-        value_KT[:, facts.finite_F] = value_KF
+        value_KT[:, facts.compared_F] = value_KF
         return value_KT
 
     first_K, zero_K = index_V[: len(harm_KF)], torch.zeros(len(harm_KF))

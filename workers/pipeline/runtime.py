@@ -1,6 +1,6 @@
 """The loaded model of one audit: kept in the worker process between the audit's units."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from workers.device import choose_device
 from workers.influence.errors import NoTrackedModules, UnsupportedModule
 from workers.influence.gradients import GradientExtractor, SampleGradients
+from workers.influence.layer_groups import UnknownLayers, resolve_layers
 from workers.influence.objectives import OBJECTIVES
 from workers.influence.projection import Projection
 from workers.influence.rows import GradientRows, rows_from_tensors
 from workers.influence.sketch import GradientSketch
 from workers.pipeline.artifacts import read_tensors
 from workers.pipeline.context import StageContext
-from workers.pipeline.estimating import wishes_of
+from workers.pipeline.estimating import layers_of_interest, wishes_of
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.fine_tune import query_and_value
 from workers.pipeline.memory import (
@@ -77,6 +78,11 @@ class Runtime:
         """Take the gradients of the samples at `indices`."""
         inputs, targets = samples.batch(indices, pad_id=self.prepared.pad_id, device=self.device)
         return self.extractor.extract(inputs, targets)
+
+    def screen(self, samples: SampleSet | ProbeSet, indices: Tensor) -> SampleGradients:
+        """Tell losses and predictions of the samples at `indices`, without gradients."""
+        inputs, targets = samples.batch(indices, pad_id=self.prepared.pad_id, device=self.device)
+        return self.extractor.screen(inputs, targets)
 
     @property
     def dense_modules(self) -> list[int]:
@@ -212,9 +218,32 @@ def make_extractor(
         targets = None
         if not has_adapter:
             targets = request.model.target_modules or query_and_value(model)
-        return GradientExtractor(model, target_modules=targets, **options)
+        extractor = GradientExtractor(model, target_modules=targets, **options)
     except (NoTrackedModules, UnsupportedModule) as error:
         field = "model.adapter" if request.model.adapter else "model.target_modules"
         if request.fine_tune is not None:
             field = "fine_tune.target_modules"
         raise AuditRefused(error.code, str(error), field=field) from error
+    _restrict(extractor, layers_of_interest(request))
+    return extractor
+
+
+def _restrict(extractor: GradientExtractor, expressions: Sequence[str] | None) -> None:
+    """Leave out the gradients of layers that nobody asked for."""
+    if expressions is None:
+        return
+    chosen: set[int] = set()
+    for expression in expressions:
+        try:
+            chosen |= set(
+                resolve_layers(
+                    expression,
+                    groups=extractor.groups,
+                    layers=[spec.layer for spec in extractor.modules],
+                    num_blocks=extractor.num_blocks,
+                )
+            )
+        except UnknownLayers:
+            return  # of another kind of estimator, or refused when the layout is checked
+    if len(chosen) < len(extractor.modules):
+        extractor.restrict(chosen)

@@ -1,6 +1,7 @@
 """From influence files to scores: every estimator on every layer group with every aggregation.
 
-Shapes: T training samples, F those that are finite, V validation samples.
+Shapes: T training samples, N those that are finite, F those that are compared, V validation
+samples.
 """
 
 import itertools
@@ -63,7 +64,7 @@ class Scored:
     Attributes:
         group_scores: score_T of the ranking's estimator and aggregation by layer group.
         configurations: every computed configuration with its detection, as stored.
-        probed_scores: score_F of every configuration of a probed set, in the same order.
+        probed_scores: score_N of every configuration of a probed set, in the same order.
         warnings: what the user should know.
     """
 
@@ -354,7 +355,7 @@ class Scorer:
         except NonFiniteInfluence as error:
             raise NonFiniteInfluence(
                 f"the influence by {estimator.name}",
-                positions=self._facts.finite_F[list(error.positions)].tolist(),
+                positions=self._facts.compared_F[list(error.positions)].tolist(),
             ) from error
 
     def _score_baseline(self, estimator: Baseline) -> Tensor:
@@ -369,13 +370,13 @@ class Scorer:
     def _keep_probed(self, scored: Scored, score_T: Tensor) -> None:
         """Keep the scores of a probed set: it is small, and they are compared with one another."""
         if self._probed is not None:
-            scored.probed_scores.append(score_T[self._facts.finite_F])
+            scored.probed_scores.append(score_T[self._facts.finite_N])
 
     def _detection(self, score_T: Tensor) -> dict[str, float] | None:
         if self._probed is None:
             return detection(score_T, self._is_noisy_T)
         # the others take no part
-        return detection(score_T[self._facts.finite_F], self._probed.is_probe_F)
+        return detection(score_T[self._facts.finite_N], self._probed.is_probe_N)
 
     def _configuration(
         self,

@@ -60,7 +60,7 @@ class ShardInfluence:
         for name, shape in shapes.items():
             self._influence[name] = torch.zeros(*shape, num_samples)
 
-    def add(self, positions: slice, sample: SampleGradients) -> None:
+    def add(self, positions: slice | Tensor, sample: SampleGradients) -> None:
         """Add a batch at its positions in the shard."""
         if not self._influence:
             return
@@ -82,7 +82,7 @@ class ShardInfluence:
             path = shard.files.influence(name, shard.number)
             write_tensors(path, {"influence": influence_MVT})
 
-    def _add_dots(self, positions: slice, module: int, rows: GradientRows) -> None:
+    def _add_dots(self, positions: slice | Tensor, module: int, rows: GradientRows) -> None:
         validation, known = self._validation[module], self._statistics[module]
         dot_VB = validation.dot(rows)
         train = row_statistics(rows, with_sums=self._needs_sums)
@@ -100,7 +100,9 @@ class ShardInfluence:
                 fitted=self._fitted[number, module],
             ).cpu()
 
-    def _add_words(self, positions: slice, validation: GradientRows, rows: SparseRows) -> None:
+    def _add_words(
+        self, positions: slice | Tensor, validation: GradientRows, rows: SparseRows
+    ) -> None:
         if not isinstance(validation, SparseRows):
             raise TypeError("validation and training rows are held in different forms")
         for estimator in self._words:

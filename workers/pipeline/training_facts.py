@@ -1,6 +1,7 @@
 """What is known of every training sample beside influence.
 
-Shapes: T training samples, F those whose loss and gradient are finite.
+Shapes: T training samples, N those whose loss and gradient are finite, F those of them that are
+compared by influence, B the others.
 """
 
 import copy
@@ -60,8 +61,9 @@ class TrainingFacts:
     Attributes:
         shard_index: the training indices of every shard's samples.
         loss_T, predicted_T, predicted_probability_T, given_probability_T: as the model answered.
-        is_finite_T: whether loss and gradient are finite; influence is aggregated over these alone.
-        finite_F: the training indices of those that are.
+        is_finite_T: whether loss and gradient are finite.
+        is_compared_T: whether influence is aggregated over them: all finite ones, or with effort
+            fast those with high losses alone.
         num_modules: M.
     """
 
@@ -78,20 +80,22 @@ class TrainingFacts:
         self.predicted_probability_T = join("predicted_probability")
         self.given_probability_T = join("given_probability")
         self.is_finite_T = join("is_finite").bool()
-        self.finite_F = self.is_finite_T.nonzero().flatten()
+        self.is_compared_T = join("is_compared").bool()
         self.num_modules = self.files[0].shape("squared_norm")[0]
 
     def only(self, kept_T: Tensor) -> "TrainingFacts":
         """Return the same facts with some samples alone counting as finite, bool [T]."""
         facts = copy.copy(self)
         facts.is_finite_T = kept_T & self.is_finite_T
-        facts.finite_F = facts.is_finite_T.nonzero().flatten()
+        facts.is_compared_T = kept_T & self.is_compared_T
         return facts
 
-    def with_losses(self, loss_T: Tensor) -> "TrainingFacts":
-        """Return the same facts with other losses."""
+    def replaced(self, index_N: Tensor, other: "TrainingFacts") -> "TrainingFacts":
+        """Return the same facts with the finite samples of `other` at the places `index_N` [N]."""
         facts = copy.copy(self)
-        facts.loss_T = loss_T
+        facts.loss_T, facts.is_compared_T = self.loss_T.clone(), self.is_compared_T.clone()
+        facts.loss_T[index_N] = other.loss_T[other.finite_N]
+        facts.is_compared_T[index_N] = other.is_compared_T[other.finite_N]
         return facts
 
     def wide(self, name: str) -> "WideRows | None":
@@ -105,9 +109,19 @@ class TrainingFacts:
         return WideRows(self.files, self.shard_index, name)
 
     @property
+    def finite_N(self) -> Tensor:
+        """The training indices of the finite samples."""
+        return self.is_finite_T.nonzero().flatten()
+
+    @property
+    def compared_F(self) -> Tensor:
+        """The training indices of the samples that are compared."""
+        return self.is_compared_T.nonzero().flatten()
+
+    @property
     def num_non_finite(self) -> int:
         """How many samples' loss or gradient is not finite."""
-        return len(self) - len(self.finite_F)
+        return len(self) - len(self.finite_N)
 
     def put_first(self, score_T: Tensor) -> Tensor:
         """Return the scores with those of non-finite samples just below the lowest of the others.
@@ -121,9 +135,19 @@ class TrainingFacts:
         return torch.where(self.is_finite_T, score_T, below)
 
     def spread(self, score_F: Tensor) -> Tensor:
-        """Return score_T from the scores of the finite samples: the others stand first."""
+        """Return score_T from the scores of the compared samples.
+
+        Finite samples that are not compared stand behind them, the higher losses first, with scores
+        as far apart as those of the compared ones; those that are not finite stand first.
+        """
         score_T = torch.zeros(len(self), dtype=score_F.dtype)
-        score_T[self.finite_F] = score_F
+        score_T[self.compared_F] = score_F
+        is_other_T = self.is_finite_T & ~self.is_compared_T
+        if bool(is_other_T.any()):
+            place_B = (-self.loss_T[is_other_T]).argsort(stable=True).argsort().double()
+            highest = score_F.max()
+            step = (highest - score_F.min()).clamp(min=1e-6) / len(place_B)
+            score_T[is_other_T] = (highest + step * (1 + place_B)).to(score_F.dtype)
         return self.put_first(score_T)
 
     def __len__(self) -> int:

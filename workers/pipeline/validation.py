@@ -38,6 +38,7 @@ from workers.pipeline.non_finite import check_share
 from workers.pipeline.planning import Audited, demand_of
 from workers.pipeline.probe_samples import num_probes
 from workers.pipeline.runtime import Runtime, load_runtime
+from workers.pipeline.screening import least_loss
 from workers.pipeline.validation_rows import ValidationRows, collect_validation, write_rows
 
 
@@ -69,6 +70,7 @@ def compute_validation(context: StageContext) -> StageOutput:
             "num_module_blocks": len(blocks),
             "num_checkpoints": _num_checkpoints(context),
             "keeps_gradients": keeps_gradients,
+            "least_loss": least_loss(context, runtime),
             "num_modules": len(extractor.modules),
             "num_parameters": extractor.num_parameters,
             "preflight": preflight,

@@ -112,6 +112,7 @@ class AuditResults(Result):
     detection: Detection | None
     num_non_finite: int | None = None
     num_non_finite_validation: int | None = None
+    num_compared: int | None = None
     choice: Choice | None = None
     noise: NoiseEstimate | None = None
     cancellation: dict[str, Cancellation] | None = None
