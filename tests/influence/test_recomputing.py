@@ -1,6 +1,7 @@
 """Blocks that are computed again on the way back give the same gradients, and hold less."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_gradients_are_the_same_to_the_bit(task: Task, family: str, is_adapted: 
     """Hidden states and sums over tokens too; nothing is captured twice."""
     make = tiny_causal_lm if task == "causal_lm" else tiny_classifier
     model = tiny_adapted(family, task=task) if is_adapted else make(family)
-    options = {
+    options: dict[str, Any] = {
         "objective": OBJECTIVES[task],
         "target_modules": None if is_adapted else [*FAMILIES[family], "all-linear"],
     }

@@ -120,7 +120,9 @@ def lay_out(
             f"the model overwrites the input or output of module '{name}' in place; "
             "leave it out of the target modules."
         )
-    x, y = capture.x, capture.y.detach()
+    # the layers of a large model may stand on several devices
+    device = mask_BS.device
+    x, y, gradient = capture.x.to(device), capture.y.detach().to(device), gradient.to(device)
     leading, expected = tuple(y.shape[:-1]), tuple(mask_BS.shape)
     if (
         leading[:1] != expected[:1]

@@ -21,7 +21,7 @@ from workers.influence.capture import captured, lay_out
 from workers.influence.contraction import FormChoice, TrackedModule, without
 from workers.influence.frozen_linear import FrozenLayers
 from workers.influence.kronecker import KroneckerSums
-from workers.influence.layers import ModuleSpec, find_block_stack, layer_groups
+from workers.influence.layers import ModuleSpec, device_of, find_block_stack, layer_groups
 from workers.influence.narrowing import NarrowLayers
 from workers.influence.objectives import Classification, Objective, Outcome
 from workers.influence.projection import Projection
@@ -140,11 +140,12 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         self._probe = probe(
             model, block_name=self._stack.block_names[-1], names=[site.name for site in self._sites]
         )
-        model.to(dtype=dtype)
+        if adapted.is_merged:
+            model.to(dtype=dtype)
         last_block = model.get_submodule(self._stack.block_names[-1])
         self._layers = FrozenLayers(model, last_block=last_block)
         self._model: nn.Module | None = model
-        self.device: torch.device = next(model.parameters()).device
+        self.device: torch.device = device_of(model)
         self._dtype = next(model.parameters()).dtype
         self.num_blocks: int = self._stack.num_blocks
         self.is_causal: bool = self._probe.is_causal
