@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from app.catalogue import AUTO
+from app.work.models import Stage
 from workers.device import choose_device, free_bytes
 from workers.influence.errors import InsufficientMemory
 from workers.influence.footprint import counting, peak_of, weight_bytes
 from workers.influence.gradients import GradientExtractor
+from workers.influence.layers import find_block_stack, is_linear_like
 from workers.influence.objectives import OBJECTIVES
+from workers.influence.recomputing import recompute_blocks
 from workers.pipeline.checkpoint import trainable
 from workers.pipeline.context import StageContext
 from workers.pipeline.fine_tune import add_adapters
@@ -27,14 +31,17 @@ from workers.pipeline.memory import (
     plan_batches,
     plan_memory,
 )
+from workers.pipeline.placing import BYTES_PER_WEIGHT, DTYPES, recomputes
 from workers.pipeline.planning import Audited, demand_of
 from workers.pipeline.prepared import Prepared
-from workers.pipeline.runtime import DTYPES, make_extractor
+from workers.pipeline.runtime import make_extractor
 from workers.pipeline.samples import SampleSet
 from workers.sources.loading import load_skeleton
 
 # Python with torch, Transformers and the database's driver, before any work.
-PROCESS_BYTES = 640 * 10**6
+PROCESS_BYTES = 700 * 10**6
+# What a process on a CPU has of the system for each byte that lives: benchmarks/estimate.py.
+ALLOCATOR = 1.3
 # Blocks of influence that are read, sorted and aggregated.
 _BLOCK_BYTES = 100 * 10**6
 _META = torch.device("meta")
@@ -47,39 +54,85 @@ class Estimate:
     Attributes:
         device_bytes: by stage, what lies where the model is: on a GPU, if a worker has one.
         host_bytes: by stage, what lies in the worker's process in any case.
+        least_bytes: by stage, what a device must have at least: with batches of one sample where
+            their size is free.
         disk_bytes: files while the audit runs.
         activation_bytes: what a token needs in a forward and backward pass.
+        recomputes: whether the blocks keep their inputs alone.
     """
 
     device_bytes: dict[str, int]
     host_bytes: dict[str, int]
+    least_bytes: dict[str, int]
     disk_bytes: int
     activation_bytes: int
+    recomputes: bool
 
     def described(self) -> dict[str, Any]:
         """Return what the audit tells of it."""
-        names = {**self.device_bytes, **self.host_bytes}
         stages = {
-            name: PROCESS_BYTES + self.device_bytes.get(name, 0) + self.host_bytes.get(name, 0)
-            for name in names
+            name: PROCESS_BYTES
+            + round(ALLOCATOR * self.device_bytes.get(name, 0))
+            + self.host_bytes.get(name, 0)
+            for name in {**self.device_bytes, **self.host_bytes}
         }
         return {
             "memory_bytes": max(stages.values()),
             "gpu_bytes": max(self.device_bytes.values()),
             "disk_bytes": self.disk_bytes,
             "stages": stages,
+            "least_bytes": self.least_bytes,
             "activation_bytes": self.activation_bytes,
+            "activation_checkpointing": self.recomputes,
         }
 
 
 def estimate(context: StageContext, prepared: Prepared) -> Estimate:
     """Return what the audit takes at most.
 
+    Where the request leaves activation checkpointing open, it is chosen if the audit would not fit
+    into this worker's memory otherwise.
+
     Raises:
         AuditRefused: the gradients of this model cannot be taken; names the field.
         InsufficientMemory: a module is too large for an estimator.
     """
-    paper = Paper.of(context, prepared)
+    wanted = context.request.model.activation_checkpointing
+    told = _estimate(context, prepared, recompute=wanted is True)
+    free = free_bytes(choose_device(context.settings.device))
+    if wanted == AUTO and max(told.least_bytes.values()) > free:
+        return _estimate(context, prepared, recompute=True)
+    return told
+
+
+def check_fits(context: StageContext, prepared: Prepared, stage: Stage) -> None:
+    """Check, before a model is loaded, that a stage fits the device of this worker.
+
+    Raises:
+        InsufficientMemory: it does not; says how much is needed, and what would help.
+    """
+    told = context.provenance.get("estimate", {}).get("least_bytes", {})
+    device = choose_device(context.settings.device)
+    needed, free = told.get(stage.value, 0), free_bytes(device)
+    if needed <= free or context.settings.device_map == "auto":
+        return
+    helps = []
+    if not recomputes(context):
+        less = _estimate(context, prepared, recompute=True).least_bytes[stage.value]
+        helps.append(f"model.activation_checkpointing ({less / 1e9:.1f} GB)")
+    if stage is Stage.FINE_TUNE:
+        helps.append("a smaller fine_tune.batch_size")
+    if context.request.model.quantization is None:
+        helps.append("model.quantization")
+    helps += ["a smaller max_tokens", "a worker with more memory"]
+    raise InsufficientMemory(
+        f"The stage {stage.value} needs at least {needed / 1e9:.1f} GB on this worker's "
+        f"{device.type}, and {free / 1e9:.1f} GB are free. What would help: {', '.join(helps)}."
+    )
+
+
+def _estimate(context: StageContext, prepared: Prepared, *, recompute: bool) -> Estimate:
+    paper = Paper.of(context, prepared, recompute=recompute)
     audited = Audited(
         specs=paper.extractor.modules,
         num_blocks=paper.extractor.num_blocks,
@@ -93,8 +146,7 @@ def estimate(context: StageContext, prepared: Prepared) -> Estimate:
     plan = _plan(context, demand.workload)
     load = demand.workload
     batch_bytes = paper.gradient_bytes(plan.limits)
-    rows_bytes = FLOAT32 * load.num_validation * load.row_floats
-    held = paper.audited_bytes + rows_bytes
+    held = paper.audited_bytes + FLOAT32 * load.num_validation * load.row_floats
     shard = min(plan.samples_per_shard, len(paper.train))
     kept_floats = load.dense_floats if load.keeps_gradients else load.largest_floats
     device = {
@@ -105,8 +157,10 @@ def estimate(context: StageContext, prepared: Prepared) -> Estimate:
         "gradients": FLOAT32 * shard * (load.influence_floats + kept_floats),
         "aggregate": _BLOCK_BYTES,
     }
+    least = {"validation": held + audited.activation_bytes * audited.longest}
     if context.request.fine_tune is not None:
         device["fine_tune"] = paper.training_bytes(context.request.fine_tune.batch_size)
+        least["fine_tune"] = device["fine_tune"]
     if load.num_curvature:
         device["curvature"] = held + _curvature_bytes(load, audited)
         device["influence"] = held + FLOAT32 * load.num_validation * load.largest_floats
@@ -115,8 +169,10 @@ def estimate(context: StageContext, prepared: Prepared) -> Estimate:
     return Estimate(
         device_bytes=device,
         host_bytes=host,
-        disk_bytes=demand.disk_bytes + num_shards * demand.shard_disk_bytes,
+        least_bytes=least,
+        disk_bytes=demand.disk_bytes + num_shards * demand.shard_disk_bytes + paper.file_bytes(),
         activation_bytes=audited.activation_bytes,
+        recomputes=recompute,
     )
 
 
@@ -137,24 +193,33 @@ class Paper:
     extractor: GradientExtractor
     loaded_bytes: int
     audited_bytes: int
+    recomputes: bool
 
     @classmethod
-    def of(cls, context: StageContext, prepared: Prepared) -> "Paper":
+    def of(
+        cls, context: StageContext, prepared: Prepared, *, recompute: bool | None = None
+    ) -> "Paper":
         """Build the model on the meta device and try how its gradients are taken."""
         artifacts, request = context.artifacts, context.request
         train = SampleSet(artifacts.train)
         validation = SampleSet(artifacts.validation) if context.has_validation else None
         longest = max(int(samples.length_T.max()) for samples in (train, validation) if samples)
         model = skeleton(context, prepared)
-        loaded_bytes = weight_bytes(model)
+        loaded_bytes = _weight_bytes(context, model)
+        recompute = recomputes(context) if recompute is None else recompute
         has_adapter = request.fine_tune is not None or prepared.model.adapter_path is not None
         with counting():
-            extractor = make_extractor(context, model, has_adapter=has_adapter, longest=longest)
-        shrunk = DTYPES[request.precision].itemsize / FLOAT32
+            extractor = make_extractor(
+                context, model, has_adapter=has_adapter, longest=longest, recompute=recompute
+            )
+        shrunk = 1.0
+        if request.model.quantization is None:
+            shrunk = DTYPES[request.precision].itemsize / FLOAT32
         return cls(
             *(context, prepared, train, validation, extractor),
             loaded_bytes=loaded_bytes,
             audited_bytes=int(loaded_bytes * shrunk),
+            recomputes=recompute,
         )
 
     def activation_bytes(self) -> int:
@@ -172,6 +237,8 @@ class Paper:
         options = self.context.request.fine_tune
         assert options is not None  # noqa: S101 - asked for audits that fine-tune
         model = skeleton(self.context, self.prepared).train()
+        if self.recomputes:
+            recompute_blocks(model, find_block_stack(model).block_names)
         largest = self.train.length_T.argsort(descending=True, stable=True)[:batch_size]
         objective = OBJECTIVES[self.prepared.task]
 
@@ -188,6 +255,17 @@ class Paper:
         # two moments and the best state; the gradients live in the step
         kept = 3 * sum(FLOAT32 * each.numel() for each in trainable(model).values())
         return self.loaded_bytes + kept + max(peak_of(step), peak_of(evaluate))
+
+    def file_bytes(self) -> int:
+        """Return what the samples, the adapter and its checkpoint, and the results take on disk."""
+        artifacts = self.context.artifacts
+        prepared: int = sum(
+            path.stat().st_size
+            for path in (artifacts.train, artifacts.validation, artifacts.test)
+            if path.exists()
+        )
+        # Parquet, CSV and JSONL of the ranking hold the texts once more each
+        return 4 * prepared
 
     def _batch(self, samples: SampleSet, indices: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return a batch without values, its targets as long as the longest completion."""
@@ -211,6 +289,22 @@ def skeleton(context: StageContext, prepared: Prepared) -> nn.Module:
     if context.request.fine_tune is not None:
         model = add_adapters(model, prepared.task, context.request.fine_tune)
     return model
+
+
+def _weight_bytes(context: StageContext, model: nn.Module) -> int:
+    """Return what the weights take as they are loaded; in fewer bits where they are quantised."""
+    quantization = context.request.model.quantization
+    total = weight_bytes(model)
+    if quantization is None:
+        return total
+    stack = find_block_stack(model)
+    layers = (
+        module
+        for name, module in model.named_modules()
+        if is_linear_like(module) and name.startswith(f"{stack.name}.") and "lora_" not in name
+    )
+    num_weights: int = sum(module.get_parameter("weight").numel() for module in layers)
+    return total - round(num_weights * (FLOAT32 - BYTES_PER_WEIGHT[quantization]))
 
 
 def _plan(context: StageContext, workload: Workload) -> MemoryPlan:

@@ -19,12 +19,13 @@ from workers.pipeline.artifacts import write_json
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import wishes_of
 from workers.pipeline.failures import AuditRefused
+from workers.pipeline.placing import load_placed, on_device
 from workers.pipeline.prepared import Prepared
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.splitting import is_trained_on
 from workers.pipeline.training import Diverged, Runner, Training, train
 from workers.sources.libraries import Task
-from workers.sources.loading import load_model
+from workers.sources.loading import is_on_paper, place_adapter
 
 QUERY_AND_VALUE = (
     ("query", "value"),
@@ -87,7 +88,7 @@ def fine_tune(context: StageContext) -> StageOutput:
     samples = SampleSet(artifacts.train)
     keeps_epochs = wishes_of(context).checkpoints
     with context.hold.silence():
-        model = adapted_model(prepared, options).to(device)
+        model = adapted_model(context, prepared, options)
 
     def keep_epoch(epoch: int) -> None:
         if keeps_epochs:
@@ -122,18 +123,16 @@ def fine_tune(context: StageContext) -> StageOutput:
     )
 
 
-def adapted_model(prepared: Prepared, options: FineTune) -> PeftModel:
-    """Return the base model with new adapters, and for a classifier a new head.
+def adapted_model(context: StageContext, prepared: Prepared, options: FineTune) -> PeftModel:
+    """Return the base model with new adapters, and for a classifier a new head, ready to train.
 
     Both are drawn from the seed of the options alone.
 
     Raises:
         AuditRefused: the adapters do not fit the model; names the field.
     """
-    base = load_model(
-        prepared.model, task=prepared.task, labels=prepared.labels, new_head_seed=options.seed
-    ).model
-    return add_adapters(base, prepared.task, options)
+    base = load_placed(context, prepared, prepared.model, new_head_seed=options.seed)
+    return on_device(context, add_adapters(base, prepared.task, options), trains=True)
 
 
 def add_adapters(base: Any, task: Task, options: FineTune) -> PeftModel:  # noqa: ANN401
@@ -152,7 +151,7 @@ def add_adapters(base: Any, task: Task, options: FineTune) -> PeftModel:  # noqa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         try:
-            return get_peft_model(
+            adapted = get_peft_model(
                 base,
                 LoraConfig(
                     task_type=TASK_TYPES[task],
@@ -162,8 +161,9 @@ def add_adapters(base: Any, task: Task, options: FineTune) -> PeftModel:  # noqa
                     target_modules=targets,
                     fan_in_fan_out=_is_transposed(base, targets),
                 ),
-                low_cpu_mem_usage=base.device.type == "meta",
+                low_cpu_mem_usage=is_on_paper(base),
             )
+            place_adapter(adapted)
         except ValueError as error:
             raise AuditRefused(
                 "unsupported_module",

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.device import choose_device
 from workers.influence.errors import NoTrackedModules, UnsupportedModule
 from workers.influence.gradients import GradientExtractor, SampleGradients
 from workers.influence.layer_groups import UnknownLayers, resolve_layers
@@ -27,17 +26,11 @@ from workers.pipeline.memory import (
     plan_shards,
     split_batches,
 )
+from workers.pipeline.placing import DTYPES, load_placed, on_device, recomputes
 from workers.pipeline.prepared import Prepared
 from workers.pipeline.probe_samples import ProbeSet, read_probes
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.shards import Shard
-from workers.sources.loading import load_model
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass
@@ -146,11 +139,11 @@ def load_runtime(context: StageContext, *, checkpoint: int | None = None) -> Run
     if _loaded and _loaded[0].key == key:
         return _loaded[0]
     _loaded.clear()
-    artifacts, request = context.artifacts, context.request
+    artifacts = context.artifacts
     prepared = Prepared.read(artifacts.prepared)
     resolved = replace(prepared.model, adapter_path=_adapter_path(context, prepared, checkpoint))
     with context.hold.silence():
-        loaded = load_model(resolved, task=request.task, labels=prepared.labels)
+        model = on_device(context, load_placed(context, prepared, resolved))
     train = SampleSet(artifacts.train)
     validation = SampleSet(artifacts.validation) if context.has_validation else None
     longest = max(int(samples.length_T.max()) for samples in (train, validation) if samples)
@@ -158,7 +151,7 @@ def load_runtime(context: StageContext, *, checkpoint: int | None = None) -> Run
         key=key,
         extractor=make_extractor(
             context,
-            loaded.model.to(choose_device(context.settings.device)),
+            model,
             has_adapter=resolved.adapter_path is not None,
             longest=longest,
         ),
@@ -189,7 +182,12 @@ def _adapter_path(context: StageContext, prepared: Prepared, checkpoint: int | N
 
 
 def make_extractor(
-    context: StageContext, model: nn.Module, *, has_adapter: bool, longest: int
+    context: StageContext,
+    model: nn.Module,
+    *,
+    has_adapter: bool,
+    longest: int,
+    recompute: bool | None = None,
 ) -> GradientExtractor:
     """Return what takes the audit's gradients.
 
@@ -198,6 +196,7 @@ def make_extractor(
         model: on the device where it will run.
         has_adapter: whether it is a PEFT model.
         longest: tokens of the longest sample.
+        recompute: whether blocks are computed again on the way back; None is what was chosen.
 
     Raises:
         AuditRefused: its gradients cannot be taken; names the field.
@@ -213,6 +212,7 @@ def make_extractor(
         "word_embeddings": wishes.word_embeddings,
         "hidden_states": wishes.hidden_states,
         "kronecker": wishes.kronecker,
+        "recompute": recomputes(context) if recompute is None else recompute,
     }
     try:
         targets = None

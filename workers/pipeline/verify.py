@@ -52,7 +52,7 @@ def _outcome(context: StageContext, device: torch.device) -> dict[str, Tensor]:
     prepared = Prepared.read(artifacts.prepared)
     options = _options(context).model_copy(update={"seed": planned.seed})
     with context.hold.silence():
-        model = adapted_model(prepared, options).to(device)
+        model = adapted_model(context, prepared, options)
     runner = Runner(model, prepared, device)
     training = Training(
         samples=samples,

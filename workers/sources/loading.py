@@ -36,11 +36,13 @@ __all__ = [
     "Label",
     "LoadedModel",
     "has_chat_template",
+    "is_on_paper",
     "load_model",
     "load_skeleton",
     "load_tokenizer",
     "longest_input",
     "match_labels",
+    "place_adapter",
 ]
 
 _PROBE_TOKENS = 4
@@ -290,6 +292,11 @@ def _load_adapter(model: Any, *, resolved: ResolvedModel) -> PeftModel:  # noqa:
             "adapter",
         )
     return adapted
+
+
+def is_on_paper(model: nn.Module) -> bool:
+    """Whether a model has no memory for any of its weights."""
+    return all(weight.is_meta for weight in model.parameters())
 
 
 def place_adapter(model: nn.Module) -> None:
