@@ -22,7 +22,8 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make, as long as they live.
 
     What there was before, such as weights, does not count. Where code asks for a value of a tensor
-    on the meta device, a truth value is True, a number 0, and no two tensors are equal.
+    on the meta device, a truth value is True, a number 0, and no two
+    tensors or entries are equal.
 
     Attributes:
         live: bytes of what lives now.
@@ -50,11 +51,17 @@ class LiveBytes(TorchDispatchMode):
                 return True if arguments[0].dtype == torch.bool else 0
             if func is torch.ops.aten.equal.default:
                 return False
+            if func is torch.ops.aten._unique2.default:  # noqa: SLF001
+                return self._all_differ(arguments[0])
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor, is_new=True)
         return result
+
+    def _all_differ(self, tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        places = torch.empty(tensor.shape, dtype=torch.int64, device=tensor.device)
+        return tensor.flatten(), places, places.flatten()
 
     def _note(self, tensor: Tensor, *, is_new: bool) -> None:
         storage = tensor.untyped_storage()

@@ -7,6 +7,7 @@ beside them is counted from shapes.
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ from workers.pipeline.prepared import Prepared
 from workers.pipeline.runtime import make_extractor
 from workers.pipeline.samples import SampleSet
 from workers.sources.loading import load_skeleton
+from workers.sources.weights import load_config
 
 # Python with torch, Transformers and the database's driver, before any work.
 PROCESS_BYTES = 700 * 10**6
@@ -45,6 +47,18 @@ ALLOCATOR = 1.3
 # Blocks of influence that are read, sorted and aggregated.
 _BLOCK_BYTES = 100 * 10**6
 _META = torch.device("meta")
+# What a token keeps in a block, and of its logits, in vectors of float32.
+_VECTORS, _LOGITS = 24, 3
+_ONLY_WITH_VALUES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -87,8 +101,8 @@ class Estimate:
         }
 
 
-def estimate(context: StageContext, prepared: Prepared) -> Estimate:
-    """Return what the audit takes at most.
+def estimate(context: StageContext, prepared: Prepared) -> Estimate | None:
+    """Return what the audit takes at most; None where the model does not run without values.
 
     Where the request leaves activation checkpointing open, it is chosen if the audit would not fit
     into this worker's memory otherwise.
@@ -98,26 +112,32 @@ def estimate(context: StageContext, prepared: Prepared) -> Estimate:
         InsufficientMemory: a module is too large for an estimator.
     """
     wanted = context.request.model.activation_checkpointing
-    told = _estimate(context, prepared, recompute=wanted is True)
     free = free_bytes(choose_device(context.settings.device))
-    if wanted == AUTO and max(told.least_bytes.values()) > free:
-        return _estimate(context, prepared, recompute=True)
+    try:
+        told = _estimate(context, prepared, recompute=wanted is True)
+        if wanted == AUTO and max(told.least_bytes.values()) > free:
+            return _estimate(context, prepared, recompute=True)
+    except _ONLY_WITH_VALUES:
+        log.warning("no_estimate", model=str(prepared.model.path), exc_info=True)
+        return None
     return told
 
 
-def check_fits(context: StageContext, prepared: Prepared, stage: Stage) -> None:
-    """Check, before a model is loaded, that a stage fits the device of this worker.
+def check_fits(context: StageContext) -> None:
+    """Check, before a model is loaded, that the unit's stage fits the device of this worker.
 
     Raises:
         InsufficientMemory: it does not; says how much is needed, and what would help.
     """
-    told = context.provenance.get("estimate", {}).get("least_bytes", {})
+    stage = context.claim.stage
+    told = (context.provenance.get("estimate") or {}).get("least_bytes", {})
     device = choose_device(context.settings.device)
     needed, free = told.get(stage.value, 0), free_bytes(device)
     if needed <= free or context.settings.device_map == "auto":
         return
     helps = []
     if not recomputes(context):
+        prepared = Prepared.read(context.artifacts.prepared)
         less = _estimate(context, prepared, recompute=True).least_bytes[stage.value]
         helps.append(f"model.activation_checkpointing ({less / 1e9:.1f} GB)")
     if stage is Stage.FINE_TUNE:
@@ -277,14 +297,23 @@ class Paper:
 
 
 def activation_bytes(context: StageContext, prepared: Prepared) -> int:
-    """Return what a token needs in a forward and backward pass, as told before."""
-    told = context.provenance.get("estimate")  # none of an audit that an earlier version prepared
-    return told["activation_bytes"] if told else Paper.of(context, prepared).activation_bytes()
+    """Return what a token needs in a forward and backward pass, as told before.
+
+    Where nothing was told, from its widths and amply.
+    """
+    if told := context.provenance.get("estimate"):
+        return int(told["activation_bytes"])
+    config = load_config(prepared.model, prepared.task).get_text_config()
+    vectors = config.hidden_size * config.num_hidden_layers * _VECTORS
+    logits = config.vocab_size * _LOGITS if prepared.task == "causal_lm" else 0
+    return FLOAT32 * int(vectors + logits)
 
 
 def skeleton(context: StageContext, prepared: Prepared) -> nn.Module:
     """Return the model as it is loaded, in float32 with its adapter, on the meta device."""
-    model: nn.Module = load_skeleton(prepared.model, task=prepared.task, labels=prepared.labels)
+    model: nn.Module = load_skeleton(
+        prepared.model, task=prepared.task, labels=prepared.labels, pad_id=prepared.pad_id
+    )
     model.float()
     if context.request.fine_tune is not None:
         model = add_adapters(model, prepared.task, context.request.fine_tune)

@@ -163,13 +163,14 @@ def add_adapters(base: Any, task: Task, options: FineTune) -> PeftModel:  # noqa
                 ),
                 low_cpu_mem_usage=is_on_paper(base),
             )
-            place_adapter(adapted)
         except ValueError as error:
             raise AuditRefused(
                 "unsupported_module",
                 f"PEFT cannot put adapters on {', '.join(targets)}: {error}",
                 field="fine_tune.target_modules",
             ) from error
+        place_adapter(adapted)
+    return adapted
 
 
 def _targets(model: nn.Module, options: FineTune) -> list[str]:

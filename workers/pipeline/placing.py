@@ -97,7 +97,8 @@ def recomputes(context: StageContext) -> bool:
     wanted = context.request.model.activation_checkpointing
     if isinstance(wanted, bool):
         return wanted
-    return bool(context.provenance.get("estimate", {}).get("activation_checkpointing", False))
+    told = context.provenance.get("estimate") or {}
+    return bool(told.get("activation_checkpointing", False))
 
 
 def on_device(context: StageContext, model: nn.Module, *, trains: bool = False) -> nn.Module:

@@ -14,7 +14,6 @@ from workers.influence.estimators import (
 from workers.influence.kronecker import MAX_SIDE
 from workers.influence.layers import ModuleSpec
 from workers.influence.sketch import sketch_floats
-from workers.pipeline.checkpoints import learning_rates
 from workers.pipeline.context import StageContext
 from workers.pipeline.estimating import estimators_of, wishes_of
 from workers.pipeline.memory import FLOAT32, Workload, row_floats
@@ -93,7 +92,7 @@ def demand_of(context: StageContext, audited: Audited) -> Demand:
     num_samples = num_train
     if needs_probes(context.request.stored()):
         num_samples += num_probes(context, num_train)
-    num_checkpoints = len(learning_rates(context)) if wishes_of(context).checkpoints else 0
+    num_checkpoints = _num_checkpoints(context) if wishes_of(context).checkpoints else 0
     held = workload.row_floats * (1 + num_checkpoints) + dense_floats * len(curvature)
     return Demand(
         workload=workload,
@@ -101,6 +100,12 @@ def demand_of(context: StageContext, audited: Audited) -> Demand:
         + min(cache_bytes, context.settings.max_gradient_cache_bytes),
         shard_disk_bytes=FLOAT32 * sums,
     )
+
+
+def _num_checkpoints(context: StageContext) -> int:
+    """Return at how many checkpoints gradients are taken, before there are any."""
+    fine_tune = context.request.fine_tune
+    return fine_tune.epochs if fine_tune else len(context.request.model.checkpoints or ())
 
 
 def _sum_floats(context: StageContext, audited: Audited) -> int:
@@ -127,7 +132,7 @@ def _influence_floats(context: StageContext, audited: Audited) -> int:
             case ClassEstimator():
                 total += num_dense * audited.num_classes
             case CheckpointEstimator():
-                total += num_dense * num_validation * len(learning_rates(context))
+                total += num_dense * num_validation * _num_checkpoints(context)
             case _:
                 total += len(audited.specs) * num_validation
     return total

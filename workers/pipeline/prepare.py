@@ -102,7 +102,7 @@ def prepare(context: StageContext) -> StageOutput:
     )
     prepared.write(artifacts.prepared)
     with context.hold.silence():
-        told = estimate(context, prepared).described()
+        told = estimate(context, prepared)
     provenance: dict[str, Any] = {
         "engine_version": VERSION,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
@@ -118,7 +118,7 @@ def prepare(context: StageContext) -> StageOutput:
         "seed": request.seed,
         "max_tokens": max_tokens,
         "num_truncated": num_truncated,
-        "estimate": told,
+        "estimate": told.described() if told is not None else None,
     }
     if num_split:
         provenance["num_split"] = num_split

@@ -18,7 +18,6 @@ from app.audits.automatic import needs_probes
 from app.audits.fitting import named_rankings
 from app.catalogue import AUTO
 from app.storage import wait_if_full
-from app.work.models import Stage
 from workers.device import device_name, free_bytes
 from workers.influence.errors import InsufficientMemory
 from workers.influence.estimators import ClassEstimator
@@ -30,14 +29,13 @@ from workers.pipeline.checkpoints import learning_rates
 from workers.pipeline.checkup import check_model
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.curvature import module_blocks
-from workers.pipeline.estimate import activation_bytes, check_fits
+from workers.pipeline.estimate import activation_bytes
 from workers.pipeline.estimating import estimators_of, wishes_of
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.layout import ModelLayout
 from workers.pipeline.memory import MemoryPlan, plan_memory, plan_shards
 from workers.pipeline.non_finite import check_share
 from workers.pipeline.planning import Audited, demand_of
-from workers.pipeline.prepared import Prepared
 from workers.pipeline.probe_samples import num_probes
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.screening import least_loss
@@ -46,7 +44,6 @@ from workers.pipeline.validation_rows import ValidationRows, collect_validation,
 
 def compute_validation(context: StageContext) -> StageOutput:
     """Write the validation gradients and facts; plan memory and shards."""
-    check_fits(context, Prepared.read(context.artifacts.prepared), Stage.VALIDATION)
     runtime = load_runtime(context)
     extractor = runtime.extractor
     layout = _layout(context, runtime)

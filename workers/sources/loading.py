@@ -107,9 +107,19 @@ def load_model(
 
 
 def load_skeleton(
-    resolved: ResolvedModel, *, task: Task = "classification", labels: Sequence[Label] = ()
+    resolved: ResolvedModel,
+    *,
+    task: Task = "classification",
+    labels: Sequence[Label] = (),
+    pad_id: int | None = None,
 ) -> nn.Module:
     """Return the model, with its adapter, as `load_model` does but without memory for weights.
+
+    Args:
+        resolved: what `resolve_model` answered, for the same task.
+        task: what the model is for.
+        labels: the label of each class; none for causal_lm.
+        pad_id: the token that batches are padded with.
 
     Raises:
         SourceError: the config or the adapter's is not valid.
@@ -117,6 +127,8 @@ def load_skeleton(
     config = load_config(resolved, task)
     if task == "classification":
         _set_labels(config, labels)
+    for each in (config, config.get_text_config()):
+        each.pad_token_id = pad_id
     with quiet():
         model = build_skeleton(config, task)
         if resolved.adapter_path is None:
