@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -79,21 +78,6 @@ class LiveBytes(TorchDispatchMode):
         self.live -= num_bytes
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention as the fused kernels of CPU and CUDA keep it: without a matrix of all pairs."""
-
-    def __torch_function__(
-        self,
-        func: Any,  # noqa: ANN401
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        if func is scaled_dot_product_attention and args[0].is_meta:
-            return _attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -118,12 +102,31 @@ def _attend(
 
 
 @contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Let attention on paper be what the fused kernels of CPU and CUDA are: no matrix of all pairs.
+
+    By replacing the function: a mode of torch's would not be in force within a backward pass, where
+    blocks are computed again.
+    """
+    whole = functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, *others: Any, **options: Any) -> Tensor:
+        return (_attend if query.is_meta else whole)(query, *others, **options)
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = whole
+
+
+@contextmanager
 def counting() -> Iterator[LiveBytes]:
     """Count what the tensors take that are made meanwhile; all of a mask counts as not zero."""
     with (
         symbolic.patch(meta_nonzero_assume_all_nonzero=True),  # type: ignore[attr-defined]
         LiveBytes() as live,
-        _FusedAttention(),
+        _fused_attention(),
     ):
         yield live
 

@@ -28,7 +28,7 @@ from workers.sources.libraries import (
     refused,
 )
 from workers.sources.models import ResolvedModel
-from workers.sources.placement import Placement
+from workers.sources.placement import Placement, keep_differentiable
 from workers.sources.tokenizers import has_chat_template, load_tokenizer
 from workers.sources.weights import load_config, num_saved, saved_shapes
 
@@ -246,6 +246,7 @@ def _load_weights(
             output_loading_info=True,
             **(placement.options() if placement is not None else {}),
         )
+    keep_differentiable(model)
     return model, report
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 Quantization = Literal["8bit", "4bit"]
 
@@ -57,6 +58,17 @@ class Placement:
             )
         # no columns in float16: which ones, would depend on the other samples of the batch
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, **shared)
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep 4-bit weights as they are on a CPU.
+
+    In evaluation mode bitsandbytes would repack them there for products without a backward pass.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            layer: Any = module
+            layer.support_avx512bf16_for_cpu = False
 
 
 def can_quantize() -> bool:
