@@ -42,8 +42,9 @@ from workers.sources.weights import load_config
 
 # Python with torch, Transformers and the database's driver, before any work.
 PROCESS_BYTES = 700 * 10**6
-# What a process on a CPU has of the system for each byte that lives: benchmarks/estimate.py.
-ALLOCATOR = 1.3
+# What a process has of the system for each byte of a batch: tensors of many sizes leave gaps in
+# the C library's heap (docs/performance.md, Memory). On a GPU torch's own allocator has few.
+ALLOCATOR = 2.3
 # Blocks of influence that are read, sorted and aggregated.
 _BLOCK_BYTES = 100 * 10**6
 _META = torch.device("meta")
@@ -67,6 +68,7 @@ class Estimate:
 
     Attributes:
         device_bytes: by stage, what lies where the model is: on a GPU, if a worker has one.
+        batch_bytes: by stage, what of it comes and goes with every batch.
         host_bytes: by stage, what lies in the worker's process in any case.
         least_bytes: by stage, what a device must have at least: with batches of one sample where
             their size is free.
@@ -76,6 +78,7 @@ class Estimate:
     """
 
     device_bytes: dict[str, int]
+    batch_bytes: dict[str, int]
     host_bytes: dict[str, int]
     least_bytes: dict[str, int]
     disk_bytes: int
@@ -86,7 +89,8 @@ class Estimate:
         """Return what the audit tells of it."""
         stages = {
             name: PROCESS_BYTES
-            + round(ALLOCATOR * self.device_bytes.get(name, 0))
+            + self.device_bytes.get(name, 0)
+            + round((ALLOCATOR - 1) * self.batch_bytes.get(name, 0))
             + self.host_bytes.get(name, 0)
             for name in {**self.device_bytes, **self.host_bytes}
         }
@@ -178,9 +182,11 @@ def _estimate(context: StageContext, prepared: Prepared, *, recompute: bool) -> 
         "aggregate": _BLOCK_BYTES,
     }
     least = {"validation": held + audited.activation_bytes * audited.longest}
+    batches = {"validation": batch_bytes, "gradients": batch_bytes}
     if context.request.fine_tune is not None:
-        device["fine_tune"] = paper.training_bytes(context.request.fine_tune.batch_size)
-        least["fine_tune"] = device["fine_tune"]
+        kept, batch = paper.training_bytes(context.request.fine_tune.batch_size)
+        device["fine_tune"] = least["fine_tune"] = kept + batch
+        batches["fine_tune"] = batch
     if load.num_curvature:
         device["curvature"] = held + _curvature_bytes(load, audited)
         device["influence"] = held + FLOAT32 * load.num_validation * load.largest_floats
@@ -188,6 +194,7 @@ def _estimate(context: StageContext, prepared: Prepared, *, recompute: bool) -> 
     num_shards = -(-len(paper.train) // plan.samples_per_shard)
     return Estimate(
         device_bytes=device,
+        batch_bytes=batches,
         host_bytes=host,
         least_bytes=least,
         disk_bytes=demand.disk_bytes + num_shards * demand.shard_disk_bytes + paper.file_bytes(),
@@ -245,36 +252,36 @@ class Paper:
     def activation_bytes(self) -> int:
         """Return what a token needs in a forward and backward pass."""
         longest = int(self.train.length_T.max())
-        return self.gradient_bytes(BatchLimits(1)) // longest
+        return self.gradient_bytes(BatchLimits(1, 1)) // longest
 
     def gradient_bytes(self, limits: BatchLimits) -> int:
         """Return what the gradients of the largest batch take, and all that lives meanwhile."""
-        inputs, targets = self._batch(self.train, plan_batches(self.train.length_T, limits)[0])
+        inputs, targets = self._batch(self.train, self._largest(self.train, limits))
         return peak_of(lambda: self.extractor.extract(inputs, targets))
 
-    def training_bytes(self, batch_size: int) -> int:
-        """Return what fine-tuning takes: weights, gradients, moments, the best state, a batch."""
+    def training_bytes(self, batch_size: int) -> tuple[int, int]:
+        """Return what fine-tuning holds (weights, moments, the best state), and a batch of it."""
         options = self.context.request.fine_tune
         assert options is not None  # noqa: S101 - asked for audits that fine-tune
         model = skeleton(self.context, self.prepared).train()
         if self.recomputes:
             recompute_blocks(model, find_block_stack(model).block_names)
-        largest = self.train.length_T.argsort(descending=True, stable=True)[:batch_size]
+        longest = self.train.length_T.argsort(descending=True, stable=True)[:batch_size]
         objective = OBJECTIVES[self.prepared.task]
 
         def step() -> None:
-            objective.run(model, *self._batch(self.train, largest)).loss_B.mean().backward()
+            objective.run(model, *self._batch(self.train, longest)).loss_B.mean().backward()
 
         def evaluate() -> None:
             limits = BatchLimits(self.context.settings.tokens_per_batch)
             if self.validation is not None:
-                batch = plan_batches(self.validation.length_T, limits)[0]
+                batch = self._largest(self.validation, limits)
                 with torch.no_grad():
                     objective.run(model, *self._batch(self.validation, batch))
 
         # two moments and the best state; the gradients live in the step
         kept = 3 * sum(FLOAT32 * each.numel() for each in trainable(model).values())
-        return self.loaded_bytes + kept + max(peak_of(step), peak_of(evaluate))
+        return self.loaded_bytes + kept, max(peak_of(step), peak_of(evaluate))
 
     def file_bytes(self) -> int:
         """Return what the samples, the adapter and its checkpoint, and the results take on disk."""
@@ -286,6 +293,12 @@ class Paper:
         )
         # Parquet, CSV and JSONL of the ranking hold the texts once more each
         return 4 * prepared
+
+    @staticmethod
+    def _largest(samples: SampleSet, limits: BatchLimits) -> Tensor:
+        """Return the first batch that `plan_batches` would cut, without cutting the others."""
+        longest = samples.length_T.argsort(descending=True, stable=True)[: limits.samples]
+        return longest[plan_batches(samples.length_T[longest], limits)[0]]
 
     def _batch(self, samples: SampleSet, indices: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return a batch without values, its targets as long as the longest completion."""
