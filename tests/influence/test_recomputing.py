@@ -72,3 +72,13 @@ def test_a_pass_on_paper_takes_what_it_takes_for_real(task: Task, family: str) -
     """The meta device knows no values, but every shape: within a seventh."""
     real, paper = (peak(task, family, num_layers=6, device=device) for device in ("cpu", "meta"))
     assert paper == pytest.approx(real, rel=0.15)
+
+
+def test_sums_over_tokens_can_be_taken_on_paper() -> None:
+    """What goes to the host counts as if it stayed."""
+    model = tiny_adapted("bert").to("meta")
+    with counting():
+        extractor = GradientExtractor(model, kronecker=True, hidden_states=True)
+    inputs = collate([[5] * 7, [9] * 4], pad_id=0, device="meta")
+    targets = torch.zeros(2, dtype=torch.int64, device="meta")
+    assert peak_of(lambda: extractor.extract(inputs, targets)) > 0

@@ -52,7 +52,10 @@ class LiveBytes(TorchDispatchMode):
                 return False
             if func is torch.ops.aten._unique2.default:  # noqa: SLF001
                 return self._all_differ(arguments[0])
-        result = func(*args, **(kwargs or {}))
+        options = dict(kwargs or {})
+        if options.get("device") is not None and arguments and arguments[0].is_meta:
+            options["device"] = arguments[0].device  # copies to the host count as if they stayed
+        result = func(*args, **options)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor, is_new=True)
