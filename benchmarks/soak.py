@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ def _serving(folder: Path) -> Iterator[tuple[psutil.Process, httpx2.Client]]:
         **os.environ,
         "WINNOW_FILE_ROOTS": str(roots),
         "WINNOW_RECONCILE_SECONDS": "5",
+        # their rows are kept as long: within the hour as many must go as come
+        "WINNOW_LEFTOVER_SECONDS": "300",
         "OMP_NUM_THREADS": "1",
         "WINNOW_DEVICE": "cpu",
         "WINNOW_LOG_FORMAT": "json",
@@ -102,6 +105,7 @@ def _serving(folder: Path) -> Iterator[tuple[psutil.Process, httpx2.Client]]:
     try:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
             _wait_until_ready(http, server, folder / "log")
+            _fill_pool(http)
             yield psutil.Process(server.pid), http
     finally:
         server.send_signal(signal.SIGINT)
@@ -120,6 +124,13 @@ def _wait_until_ready(
             pass
         time.sleep(0.5)
     raise SystemExit(f"The service did not start:\n{log.read_text()[-3000:]}")
+
+
+def _fill_pool(http: httpx2.Client) -> None:
+    """Ask for much at once: connections to the database grow up to the pool's size, and stay."""
+    with ThreadPoolExecutor(max_workers=40) as pool:
+        for response in pool.map(lambda _: http.get("/v1/audits"), range(400)):
+            response.raise_for_status()
 
 
 class _Load:

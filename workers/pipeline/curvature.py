@@ -24,7 +24,7 @@ from workers.pipeline.memory import FLOAT32, SHARD_BYTES
 from workers.pipeline.non_finite import check_share
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.shards import Shard
-from workers.pipeline.training_facts import TrainingFacts
+from workers.pipeline.training_facts import TrainingFacts, read_compared
 
 MAX_MODULES_PER_BLOCK = 8
 
@@ -140,7 +140,7 @@ def _training_gradients(
     facts = [TensorFile(shard.files.facts(shard.number)) for _, shard in shards]
     # summed once over all shards: no bit of the damping depends on how they were cut
     squared_norm_T = torch.cat([file.rows("squared_norm", module) for file in facts])
-    num_compared = sum(int(file.rows("is_compared").sum()) for file in facts)
+    num_compared = sum(int(read_compared(file).sum()) for file in facts)
     return TrainingGradients(
         num_samples=num_compared,
         mean_squared_norm=float(squared_norm_T.double().sum()) / max(1, num_compared),

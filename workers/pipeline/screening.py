@@ -16,6 +16,7 @@ from workers.pipeline.context import StageContext
 from workers.pipeline.facts import Facts
 from workers.pipeline.runtime import Runtime
 from workers.pipeline.shards import Shard
+from workers.pipeline.training_facts import read_compared
 
 COMPARED_SHARE = 0.3
 # a share is then known to three points
@@ -64,7 +65,7 @@ def screened(
 
 def compared(shard: Shard) -> Tensor:
     """Return which samples of a shard are compared, bool [T], once its facts are written."""
-    return TensorFile(shard.files.facts(shard.number)).rows("is_compared")
+    return read_compared(TensorFile(shard.files.facts(shard.number)))
 
 
 def narrowed(

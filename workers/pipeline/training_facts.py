@@ -55,6 +55,14 @@ class WideRows:
         return self.take(torch.arange(len(self)))
 
 
+def read_compared(file: TensorFile) -> Tensor:
+    """Return which samples of a shard's facts are compared by influence, bool [T_shard].
+
+    Audits from before there was `effort` do not say: of these, all that are finite.
+    """
+    return file.rows("is_compared" if "is_compared" in file else "is_finite").bool()
+
+
 class TrainingFacts:
     """The shards' facts, joined in the order of the training file.
 
@@ -80,7 +88,7 @@ class TrainingFacts:
         self.predicted_probability_T = join("predicted_probability")
         self.given_probability_T = join("given_probability")
         self.is_finite_T = join("is_finite").bool()
-        self.is_compared_T = join("is_compared").bool()
+        self.is_compared_T = torch.cat([read_compared(file) for file in self.files])[self._back_T]
         self.num_modules = self.files[0].shape("squared_norm")[0]
 
     def only(self, kept_T: Tensor) -> "TrainingFacts":
