@@ -89,15 +89,17 @@ def demand_of(context: StageContext, audited: Audited) -> Demand:
         activation_bytes=audited.activation_bytes,
         keeps_gradients=0 < cache_bytes <= context.settings.max_gradient_cache_bytes,
     )
-    num_samples = num_train
-    if needs_probes(context.request.stored()):
-        num_samples += num_probes(context, num_train)
+    has_probes = needs_probes(context.request.stored())
+    num_samples = num_train + (num_probes(context, num_train) if has_probes else 0)
     num_checkpoints = _num_checkpoints(context) if wishes_of(context).checkpoints else 0
-    held = workload.row_floats * (1 + num_checkpoints) + dense_floats * len(curvature)
+    # queries once more for the probes
+    held = workload.row_floats * (1 + num_checkpoints)
+    held += dense_floats * len(curvature) * (1 + has_probes)
+    kept_bytes = num_samples * dense_floats * FLOAT32
     return Demand(
         workload=workload,
         disk_bytes=FLOAT32 * (num_samples * workload.influence_floats + num_validation * held)
-        + min(cache_bytes, context.settings.max_gradient_cache_bytes),
+        + min(kept_bytes, context.settings.max_gradient_cache_bytes),
         shard_disk_bytes=FLOAT32 * sums,
     )
 
