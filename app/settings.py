@@ -140,6 +140,11 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where workers compute; auto is CUDA where there is one."
     )
+    device_map: Literal["none", "auto"] = Field(
+        "none",
+        description="Where a worker puts a model: none is all on its device; auto spreads models "
+        "that are too large over all its GPUs, then memory, then the disk.",
+    )
     torch_threads: int = Field(
         0, ge=0, description="CPU threads of a worker; 0 leaves it to torch."
     )

@@ -7,15 +7,22 @@ of 20,000 takes a second. CPU seconds are those of all threads: on a machine tha
 they say more than the clock does.
 
     .venv/bin/python -m benchmarks.rankings [--aggregations rank vote] [--json rankings.json]
+
+With `--constants` each aggregation runs at four sizes instead: one, and that with twice the
+training samples, twice the modules, twice the validation samples. The table has CPU nanoseconds a
+cell (a sample, a module and a validation sample), which would stay the same if time were linear in
+all three, and what the costliest of the four makes of 1,000,000 × 24 × 500.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +42,8 @@ from workers.pipeline.training_facts import TrainingFacts
 ESTIMATOR = "grad_cosine"
 SAMPLES_PER_SHARD = 1000
 BANDS = 4
+BASE = {"num_train": 10_000, "num_modules": 12, "num_validation": 250}
+MILLION = (1_000_000, 24, 500)
 
 
 def make_layout(num_modules: int) -> dict[str, Any]:
@@ -141,6 +150,35 @@ def rank(
     }
 
 
+def in_process(
+    folder: Path, shape: dict[str, int], aggregation: str, *, correct_only: bool
+) -> dict[str, Any]:
+    """Rank in a fresh process: the peak of its memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        keywords = {"correct_only": correct_only}
+        row: dict[str, Any] = pool.apply(rank, (folder, shape, aggregation), keywords)
+    return row
+
+
+def print_constants(aggregations: Sequence[str]) -> None:
+    """Print nanoseconds a cell at four sizes, and what they make of a million samples."""
+    shapes = {"base": BASE} | {f"2 × {name[4:]}": BASE | {name: 2 * BASE[name]} for name in BASE}
+    seconds: dict[str, list[float]] = {name: [] for name in aggregations}
+    for shape in shapes.values():
+        with tempfile.TemporaryDirectory(prefix="winnow-benchmark-") as name:
+            folder = Path(name)
+            make_audit(Artifacts(folder, "aud_1"), **shape)
+            for aggregation in aggregations:
+                row = in_process(folder, shape, aggregation, correct_only=False)
+                seconds[aggregation].append(row["cpu"] / math.prod(shape.values()))
+    print(f"| ns a cell | {' | '.join(shapes)} | 1 M × 24 × 500, CPU min |")
+    print("|---" * (len(shapes) + 2) + "|")
+    for aggregation, per_cell in seconds.items():
+        cells = " | ".join(f"{1e9 * value:.1f}" for value in per_cell)
+        minutes = max(per_cell) * math.prod(MILLION) / 60
+        print(f"| {aggregation} | {cells} | {minutes:.0f} |", flush=True)
+
+
 def main() -> None:
     """Make the files, rank by every aggregation, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -151,9 +189,13 @@ def main() -> None:
         "--aggregations", nargs="*", default=[name.value for name in AggregationName]
     )
     parser.add_argument("--correct-only", action="store_true")
+    parser.add_argument("--constants", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ["OMP_WAIT_POLICY"] = "passive"  # as in a worker; the children inherit it
+    if options.constants:
+        print_constants(options.aggregations)
+        return
     shape = {
         name: getattr(options, name) for name in ("num_train", "num_modules", "num_validation")
     }
@@ -164,10 +206,7 @@ def main() -> None:
         print("| aggregation | seconds | CPU s | scores | related | files | peak MB | its own MB |")
         print("|---|---|---|---|---|---|---|---|")
         for aggregation in options.aggregations:
-            # a fresh process: the peak of its memory is its own
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                keywords = {"correct_only": options.correct_only}
-                row = pool.apply(rank, (folder, shape, aggregation), keywords)
+            row = in_process(folder, shape, aggregation, correct_only=options.correct_only)
             table.append(row)
             print(
                 f"| {row['aggregation']} | {row['seconds']:.1f} | {row['cpu']:.1f} | "

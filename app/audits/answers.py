@@ -179,6 +179,22 @@ class Kept(BaseModel):
     )
 
 
+class AuditEstimate(BaseModel):
+    """What an audit takes at most, told when it is prepared: within a fifth, as measured."""
+
+    memory_bytes: int = Field(description="Of one worker that computes on its CPU.")
+    gpu_bytes: int = Field(description="What of it lies on a GPU, where a worker computes on one.")
+    disk_bytes: int = Field(description="The audit's files, while it runs.")
+    stages: dict[str, int] = Field(description="memory_bytes, stage by stage.")
+    least_bytes: dict[str, int] = Field(
+        description="What a device must have for a stage with the smallest batches; with less the "
+        "audit is refused."
+    )
+    activation_checkpointing: bool = Field(
+        description="Whether the blocks' activations are computed again instead of kept."
+    )
+
+
 class Audit(BaseModel):
     """An audit and where it stands."""
 
@@ -206,6 +222,10 @@ class Audit(BaseModel):
     provenance: dict[str, Any] = Field(
         description="What decides the numbers beside the request: engine version, resolved "
         "revisions, device, shards."
+    )
+    estimate: AuditEstimate | None = Field(
+        None,
+        description="Once the audit is prepared; None where the model does not let it be told.",
     )
     timings: dict[str, float] = Field(description="Seconds of work per stage, over all workers.")
     results: AuditResults | None

@@ -72,6 +72,7 @@ def assemble_audit(audit: Audit, *, influence_days: float) -> answers.Audit:
         num_train=audit.num_train,
         num_validation=audit.num_validation,
         provenance=audit.provenance,
+        estimate=audit.provenance.get("estimate"),
         timings=audit.timings,
         results=_results(audit) if state is AuditState.SUCCEEDED else None,
         kept=_kept(audit, influence_days) if state is AuditState.SUCCEEDED else None,

@@ -80,6 +80,12 @@ def _check_model(request: "AuditRequest") -> None:
             message="model.projection is for a model that was fine-tuned in full; the gradients "
             "of adapters are small and always exact",
         )
+    if model.quantization and not has_adapter:
+        raise FieldConflict(
+            *("model", "quantization"),
+            message="model.quantization is for a base model with an adapter: name model.adapter "
+            "or fine_tune, or leave it out",
+        )
     if model.checkpoints and not model.adapter:
         raise FieldConflict(
             *("model", "checkpoints"),

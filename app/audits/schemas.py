@@ -80,6 +80,18 @@ class ModelSource(Strict):
         description="Take the gradients of the word embeddings too, sparse by token: estimators "
         "of dot products also get the layer group WE. tracin_we takes them anyway.",
     )
+    activation_checkpointing: bool | Auto = Field(
+        AUTO,
+        description="Keep only the inputs of the transformer blocks and compute the rest again on "
+        "the way back: far less memory, about a third more time, the same numbers. auto: where "
+        "the audit would not fit into memory otherwise.",
+    )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        None,
+        description="Hold the base model's weights in 8 or 4 bits, by bitsandbytes. Needs "
+        "fine_tune or an adapter, whose factors stay exact: gradients are those of the adapter on "
+        "the quantised base.",
+    )
     checkpoints: list[Checkpoint] | None = Field(
         None,
         min_length=2,

@@ -53,6 +53,8 @@ class ModelSource(Request):
     target_modules: list[str] | None = None
     projection: Projection | None = None
     word_embeddings: bool | None = None
+    activation_checkpointing: bool | str | None = None
+    quantization: str | None = None
     checkpoints: list[Checkpoint] | None = None
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from tests.pipeline import loops, tiny
 from tests.pipeline.conftest import Models
+from tests.pipeline.held import Held
 from tests.pipeline.loops import TRAIN, VALIDATION, sets
 from tests.pipeline.workplace import Workplace
 from workers.pipeline import alike
@@ -53,16 +54,15 @@ def present(found: Neighbours, place: int) -> list[int]:
     return [index for index in found.index_AK[place].tolist() if index >= 0]
 
 
-@pytest.mark.parametrize("blocks", [(1024, 16_384), (7, 9), (1, 3)])
+@pytest.mark.parametrize("blocks", [(1024, 1), (7, 9), (1, 23)])
 def test_neighbours_are_those_of_the_loop(
     monkeypatch: pytest.MonkeyPatch, blocks: tuple[int, int]
 ) -> None:
-    """However samples are cut into blocks; copies stand in the order of the file."""
+    """However samples are cut into blocks and shards; copies stand in the order of the file."""
     monkeypatch.setattr(alike, "_ASKED_BLOCK", blocks[0])
-    monkeypatch.setattr(alike, "_CANDIDATE_BLOCK", blocks[1])
     sketch_TW = sketches()
     asked_A = torch.tensor([*range(45), 50, 69])
-    found = find_alike(sketch_TW, asked_A, keep_alive=lambda: None)
+    found = find_alike(Held(sketch_TW, blocks[1]), asked_A, keep_alive=lambda: None)
     for place, index in enumerate(asked_A.tolist()):
         assert found.place_T[index] == place
         expected = loop(sketch_TW, index)
@@ -86,7 +86,7 @@ def test_the_highest_are_those_of_a_stable_sort(num_values: int) -> None:
 
 
 def test_a_single_sample_is_like_no_other() -> None:
-    found = find_alike(sketches()[:1], torch.tensor([0]), keep_alive=lambda: None)
+    found = find_alike(Held(sketches()[:1]), torch.tensor([0]), keep_alive=lambda: None)
     assert present(found.alike, 0) == present(found.opposed, 0) == []
 
 
@@ -98,7 +98,7 @@ def test_of_a_large_set_the_most_suspect_are_compared(monkeypatch: pytest.Monkey
     monkeypatch.setattr(alike, "MAX_SUSPECTS", 3)
     asked_A = asked_samples(order_T)
     assert asked_A.tolist() == sorted(order_T[:3].tolist())
-    found = find_alike(sketches()[:9], asked_A, keep_alive=lambda: None)
+    found = find_alike(Held(sketches()[:9]), asked_A, keep_alive=lambda: None)
     columns = Evidence(alike=found).columns(torch.arange(9))
     for name in ("alike_training", "alike_cosine", "opposed_training", "opposed_cosine"):
         is_there = [value is not None for value in columns[name]]

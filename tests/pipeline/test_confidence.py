@@ -17,6 +17,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from tests.pipeline.held import Held
 from workers.pipeline import confidence
 from workers.pipeline.confidence import NUM_FOLDS, OutOfSample, predict_out_of_sample
 
@@ -39,8 +40,9 @@ def draw(
 def predict(
     train_TH: Tensor, label_T: Tensor, validation_VH: Tensor, **options: Any
 ) -> OutOfSample:
+    num_shards = options.pop("num_shards", 1)
     options = {"num_classes": NUM_CLASSES, "seed": 3, **options}
-    return predict_out_of_sample(train_TH, label_T, validation_VH, **options)
+    return predict_out_of_sample(Held(train_TH, num_shards), label_T, validation_VH, **options)
 
 
 @pytest.fixture
@@ -161,8 +163,7 @@ def test_a_large_training_set_is_fitted_in_part_and_answered_in_pieces(
     samples = draw(60)
     whole = predict(*samples)
     fold_T = folds_of(fitted, 60)
-    monkeypatch.setattr(confidence, "_ROWS", 5)
-    assert torch.equal(predict(*samples).train_TC, whole.train_TC)
+    assert torch.equal(predict(*samples, num_shards=7).train_TC, whole.train_TC)
     monkeypatch.setattr(confidence, "MAX_FITTED", 20)
     calls: list[None] = []
     part = predict(*samples, keep_alive=lambda: calls.append(None))

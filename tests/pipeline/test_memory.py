@@ -14,7 +14,6 @@ from workers.pipeline.curvature import plan_module_blocks
 from workers.pipeline.memory import (
     BatchLimits,
     Workload,
-    activation_floats,
     in_batches,
     plan_batches,
     plan_memory,
@@ -127,7 +126,7 @@ AUDIT = Workload(
     num_curvature=1,
     held_floats=0,
     influence_floats=3 * 26 * 400,
-    activation_floats=activation_floats(hidden_size=384, num_layers=6, vocabulary=0),
+    activation_bytes=220_000,
     keeps_gradients=True,
 )
 ASKED = {"tokens_per_batch": 4096, "samples_per_shard": 1000}
@@ -177,7 +176,7 @@ def test_a_large_vocabulary_makes_smaller_batches() -> None:
     """The logits of a token outweigh everything else of a small model."""
     reader = replace(
         AUDIT,
-        activation_floats=activation_floats(hidden_size=384, num_layers=6, vocabulary=150_000),
+        activation_bytes=2_000_000,
     )
     free = 4 * 2**30
     with_logits = plan_memory(reader, free_bytes=free, **ASKED)

@@ -22,7 +22,8 @@ from workers.lease import Hold
 from workers.pipeline.artifacts import Artifacts
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.failures import AuditRefused
-from workers.pipeline.prepare import Prepared, prepare
+from workers.pipeline.prepare import prepare
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.tokenise import truncation_warnings
 from workers.sources import models as model_sources

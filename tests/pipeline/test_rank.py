@@ -15,7 +15,7 @@ from tests.pipeline.conftest import Models
 from tests.pipeline.workplace import Workplace
 from workers import tasks
 from workers.pipeline import publish, run
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.prepared import Prepared
 
 EPOCHS: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-2, "batch_size": 16}
 ESTIMATORS = ["grad_dot", "datainf", "tracin", "repsim", "outlier_gradient", "tracin_we"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.influence.errors import UnsupportedModule
+from workers.influence.recomputing import is_recomputing
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,8 @@ def captured(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Captur
             if torch.is_grad_enabled() and not output.requires_grad:
                 # nothing below is tracked: the graph starts here, and so ends the backward pass
                 output.requires_grad_()
+            if is_recomputing():
+                return
             x = inputs[0].detach()
             captures[name].append(Capture(x, output, _versions(x, output)))
 
@@ -117,7 +120,9 @@ def lay_out(
             f"the model overwrites the input or output of module '{name}' in place; "
             "leave it out of the target modules."
         )
-    x, y = capture.x, capture.y.detach()
+    # the layers of a large model may stand on several devices
+    device = mask_BS.device
+    x, y, gradient = capture.x.to(device), capture.y.detach().to(device), gradient.to(device)
     leading, expected = tuple(y.shape[:-1]), tuple(mask_BS.shape)
     if (
         leading[:1] != expected[:1]

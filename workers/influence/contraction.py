@@ -80,6 +80,7 @@ class TrackedModule:
     is_pooled: bool
     specs: tuple[ModuleSpec, ...]
     projections: tuple[ModuleProjection | None, ...]
+    device: torch.device
 
     @classmethod
     def make(
@@ -117,7 +118,7 @@ class TrackedModule:
                     spec = replace(spec, num_parameters=size, shape=projection.shape)
             specs.append(spec)
             projections.append(projection)
-        return cls(name, module, kind, is_pooled, tuple(specs), tuple(projections))
+        return cls(name, module, kind, is_pooled, tuple(specs), tuple(projections), device)
 
     def contract(
         self, uses: Sequence[Use], *, batch_size: int, kronecker: bool
@@ -139,12 +140,8 @@ class TrackedModule:
             result.append((rows, sums))
         return result
 
-    @property
-    def _device(self) -> torch.device:
-        return self.module.get_parameter("weight").device
-
     def _zero_rows(self, spec: ModuleSpec, batch_size: int) -> GradientRows:
-        zeros_B1 = torch.zeros(batch_size, 1, device=self._device)
+        zeros_B1 = torch.zeros(batch_size, 1, device=self.device)
         if spec.form == "factored":
             num_rows, num_columns = spec.shape
             return FactoredRows(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workers.influence.layers import is_elsewhere
+
 _DENSE_SHARE = 0.5
 
 
@@ -34,6 +36,8 @@ class FrozenLayers:
         self._half: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         for module in model.modules():
             is_transposed = type(module).__name__ == "Conv1D"
+            if is_elsewhere(module):
+                continue
             if type(module) is nn.Linear or is_transposed:
                 module.forward = partial(
                     self._forward,

@@ -21,11 +21,12 @@ from workers.influence.capture import captured, lay_out
 from workers.influence.contraction import FormChoice, TrackedModule, without
 from workers.influence.frozen_linear import FrozenLayers
 from workers.influence.kronecker import KroneckerSums
-from workers.influence.layers import ModuleSpec, find_block_stack, layer_groups
+from workers.influence.layers import ModuleSpec, device_of, find_block_stack, layer_groups
 from workers.influence.narrowing import NarrowLayers
 from workers.influence.objectives import Classification, Objective, Outcome
 from workers.influence.projection import Projection
 from workers.influence.reading import hidden_states, probe, reading_position
+from workers.influence.recomputing import recompute_blocks
 from workers.influence.rows import GradientRows
 from workers.influence.tracking import find_sites, merge
 
@@ -89,6 +90,7 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
             where it was trained.
         hidden_states: give the blocks' hidden states too.
         kronecker: give the Kronecker sums of every matrix too.
+        recompute: keep the inputs of the blocks alone and compute the rest again on the way back.
 
     Attributes:
         modules: what is tracked, in the order of `SampleGradients.gradients`; the word embedding,
@@ -117,6 +119,7 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         word_embeddings: bool = False,
         hidden_states: bool = False,
         kronecker: bool = False,
+        recompute: bool = False,
     ) -> None:
         self._objective: Objective = Classification() if objective is None else objective
         adapted = merge(model, target_modules)
@@ -137,17 +140,20 @@ class GradientExtractor(AbstractContextManager["GradientExtractor"]):
         self._probe = probe(
             model, block_name=self._stack.block_names[-1], names=[site.name for site in self._sites]
         )
-        model.to(dtype=dtype)
+        if adapted.is_merged:
+            model.to(dtype=dtype)
         last_block = model.get_submodule(self._stack.block_names[-1])
         self._layers = FrozenLayers(model, last_block=last_block)
         self._model: nn.Module | None = model
-        self.device: torch.device = next(model.parameters()).device
+        self.device: torch.device = device_of(model)
         self._dtype = next(model.parameters()).dtype
         self.num_blocks: int = self._stack.num_blocks
         self.is_causal: bool = self._probe.is_causal
         self._narrow: NarrowLayers | None = None
         if isinstance(self._objective, Classification) and not self.is_causal:
             self._narrow = NarrowLayers(model, last_block)
+        if recompute:
+            recompute_blocks(model, self._stack.block_names)
         self._track(
             FormChoice(projection=projection, longest=longest, needs_dense=needs_dense),
             hidden_states=hidden_states,

@@ -9,6 +9,7 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from workers.influence.errors import NoTrackedModules, UnsupportedModule
@@ -179,6 +180,19 @@ def find_targets(model: nn.Module, stack: BlockStack, targets: Sequence[str]) ->
 def is_linear_like(module: nn.Module) -> bool:
     """Whether a module is a linear layer, or GPT-2's, which is called Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether a layer's weights are brought to it only while it runs, from memory or from disk."""
+    return hasattr(module, "_hf_hook") and any(
+        weight.is_meta for weight in module.parameters(recurse=False)
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model takes its inputs: where its first weights are that lie on a device."""
+    devices = [parameter.device for parameter in model.parameters() if not parameter.is_meta]
+    return devices[0] if devices else next(model.parameters()).device
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.influence.errors import NoTrackedModules, UnsupportedModule
-from workers.influence.layers import is_linear_like
+from workers.influence.layers import is_elsewhere, is_linear_like
 
 _PREFIX = "base_model.model."
 
@@ -42,15 +42,21 @@ class LoraFactors:
 class MergedAdapter:
     """A model with its adapter merged, and what is needed for the adapter's gradients.
 
+    Weights in fewer bits would lose a merged adapter in their rounding, and weights that lie on
+    disk cannot be written to: on these the adapter stays beside its layers, which give the same
+    outputs and gradients.
+
     Attributes:
-        model: the base model; its weights hold the adapter.
+        model: the base model; its weights hold the adapter, or its layers run it beside them.
         factors: the factors (float32) by the name of the linear layer.
         saved_names: modules that were trained whole beside the adapter (the head).
+        is_merged: whether the weights hold the adapter, and may be cast.
     """
 
     model: nn.Module
     factors: dict[str, LoraFactors]
     saved_names: tuple[str, ...]
+    is_merged: bool = True
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -59,7 +65,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def merge_adapter(model: nn.Module) -> MergedAdapter:
-    """Keep the factors of the active LoRA adapter and merge it into the base weights.
+    """Keep the factors of the active LoRA adapter and merge it where the base weights allow it.
 
     Raises:
         UnsupportedModule: the adapter has something that the gradients of the factors would miss.
@@ -84,8 +90,32 @@ def merge_adapter(model: nn.Module) -> MergedAdapter:
     if not factors:
         raise NoTrackedModules(f"adapter '{adapter}' has no LoRA layer; check its target modules.")
     _refuse_shared_weights(model)
-    merged = cast("Any", model).merge_and_unload()
-    return MergedAdapter(model=merged, factors=factors, saved_names=tuple(saved_names))
+    if all(_can_be_written(module) for module in model.modules()):
+        merged = cast("Any", model).merge_and_unload()
+        return MergedAdapter(model=merged, factors=factors, saved_names=tuple(saved_names))
+    return MergedAdapter(
+        model=_unwrapped(model, adapter),
+        factors=factors,
+        saved_names=tuple(saved_names),
+        is_merged=False,
+    )
+
+
+def _can_be_written(module: nn.Module) -> bool:
+    weights = module.parameters(recurse=False)
+    return all(each.is_floating_point() for each in weights) and not is_elsewhere(module)
+
+
+def _unwrapped(model: nn.Module, adapter: str) -> nn.Module:
+    """Return the base model with the adapter's own layers, and its saved modules in their place."""
+    base: nn.Module = cast("Any", model).get_base_model()
+    for name, module in list(base.named_modules()):
+        if hasattr(module, "modules_to_save") and adapter in cast("Any", module).modules_to_save:
+            parent, _, own_name = name.rpartition(".")
+            setattr(
+                base.get_submodule(parent), own_name, cast("Any", module).modules_to_save[adapter]
+            )
+    return base
 
 
 def _active_adapter(model: nn.Module) -> str:
@@ -117,11 +147,9 @@ def _read_factors(name: str, module: nn.Module, adapter: str) -> LoraFactors | N
     if adapter not in layer.lora_A:
         return None
     base = layer.get_base_layer()
-    if not is_linear_like(base) or not base.weight.is_floating_point():
+    if not is_linear_like(base):
         raise UnsupportedModule(
-            f"module '{name}' has LoRA on a {type(base).__name__} "
-            f"of {getattr(getattr(base, 'weight', None), 'dtype', 'unknown type')}; "
-            "only linear layers with unquantised weights are audited."
+            f"module '{name}' has LoRA on a {type(base).__name__}; only linear layers are audited."
         )
     is_transposed = not isinstance(base, nn.Linear)
     if bool(layer.fan_in_fan_out) != is_transposed:
@@ -147,6 +175,11 @@ def _read_factors(name: str, module: nn.Module, adapter: str) -> LoraFactors | N
     )
     if not uses_dora:
         return factors
+    if not _can_be_written(base):
+        raise UnsupportedModule(
+            f"module '{name}' has DoRA on a weight of {base.weight.dtype}, which is quantised or "
+            "lies elsewhere; only plain LoRA is audited there."
+        )
     weight_OI = base.weight.detach().T if is_transposed else base.weight.detach()
     magnitude_O = layer.lora_magnitude_vector[adapter].weight.detach().float().clone()
     if bool((magnitude_O == 0).any()):

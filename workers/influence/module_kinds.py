@@ -115,8 +115,9 @@ class Lora(Kind):
             gradient_BSO = gradient_BSO * factors.gain_O
         # padding is masked on the rank side, where the tensors are small
         scaled_mask_BS1 = use.mask_BS1 * factors.scaling
-        down_BSR = (use.x_BSI @ factors.a_RI.T) * scaled_mask_BS1
-        up_BSR = (gradient_BSO @ factors.b_OR) * scaled_mask_BS1
+        device = use.x_BSI.device
+        down_BSR = (use.x_BSI @ factors.a_RI.T.to(device)) * scaled_mask_BS1
+        up_BSR = (gradient_BSO @ factors.b_OR.to(device)) * scaled_mask_BS1
         terms: list[Term] = [
             Outer(up_BSR, use.x_BSI),
             Outer(gradient_BSO, down_BSR, hook_scale=factors.scaling),

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workers.influence.layers import device_of, is_elsewhere
+
 _NUM_TOKENS = 6
 
 
@@ -51,7 +53,11 @@ class NarrowLayers:
     """
 
     def __init__(self, model: nn.Module, block: nn.Module) -> None:
-        layers = [module for module in block.modules() if type(module) is nn.Linear]
+        layers = [
+            module
+            for module in block.modules()
+            if type(module) is nn.Linear and not is_elsewhere(module)
+        ]
         expected = _logits(model)
         narrow = [layer for layer in layers if torch.equal(_logits(model, [layer]), expected)]
         # together they must not matter either; where they do, none is left out
@@ -84,7 +90,7 @@ class NarrowLayers:
 
 def _logits(model: nn.Module, disturbed: Sequence[nn.Module] = ()) -> Tensor:
     """Run the model on made-up samples, some layers' outputs replaced but at the first position."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", _NUM_TOKENS))
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(vocabulary, (2, _NUM_TOKENS), generator=generator).to(device)

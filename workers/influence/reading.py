@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from workers.influence.capture import captured
 from workers.influence.errors import UnsupportedModule
-from workers.influence.layers import find_word_embedding
+from workers.influence.layers import device_of, find_word_embedding
 
 _NUM_TOKENS = 8
 
@@ -48,7 +48,7 @@ def probe(model: nn.Module, *, block_name: str, names: Sequence[str]) -> Probe:
     """
     config: Any = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None) or find_word_embedding(model)[1].num_embeddings
-    device = next(model.parameters()).device
+    device = device_of(model)
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(vocabulary, (2, _NUM_TOKENS), generator=generator).to(device)
     ids_BS[1, 0] = ids_BS[0, 0]
@@ -111,7 +111,7 @@ def hidden_states(
                 raise UnsupportedModule(
                     f"block '{name}' gives no hidden states of [batch, sequence, features]."
                 )
-            states[name] = state.detach()[index_B, position_B].float()
+            states[name] = state.detach().to(index_B.device)[index_B, position_B].float()
 
         return hook
 

@@ -94,7 +94,8 @@ def _is_word_embedding(name: str, model: nn.Module) -> bool:
 
 def _lora_site(name: str, merged: MergedAdapter, stack: BlockStack) -> Site:
     module = merged.model.get_submodule(name)
-    supported_kind(name, module, with_bias=False)
+    if merged.is_merged:
+        supported_kind(name, module, with_bias=False)
     return Site(name, module, Lora(module, merged.factors[name]), *stack.locate(name))
 
 

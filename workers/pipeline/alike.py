@@ -8,8 +8,9 @@ Shapes: T training samples, A those that are asked for, K neighbours, C a block 
 B a block of the asked, W width of the sketches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ MAX_SUSPECTS = 10_000
 # Cosines are told in steps, so that copies are equal, and stand in the order of the file.
 _STEPS = 2**16
 _ASKED_BLOCK = 1024
-_CANDIDATE_BLOCK = 16_384
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,38 @@ def asked_samples(order_T: Tensor) -> Tensor:
     return order_T[:count].sort().values
 
 
-def find_alike(sketch_TW: Tensor, asked_A: Tensor, *, keep_alive: Callable[[], None]) -> Alike:
+class Sketches(Protocol):
+    """The sketches of all samples, of length 1 in any floating dtype, or zero."""
+
+    def __len__(self) -> int: ...
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ascending training indices [C] with their sketches [C, W], until all came."""
+        ...
+
+    def take(self, index_N: Tensor) -> Tensor:
+        """Return the sketches of some samples, [N, W]."""
+        ...
+
+
+def find_alike(sketches: Sketches, asked_A: Tensor, *, keep_alive: Callable[[], None]) -> Alike:
     """Find the samples with the highest and the lowest cosines to each that is asked for.
 
     A sample without a gradient has no neighbours and is none; equals stand by training index.
 
     Args:
-        sketch_TW: of length 1 in any floating dtype, or zero.
+        sketches: of all samples; read again for every block of the asked.
         asked_A: training indices.
         keep_alive: is called again and again.
     """
-    place_T = torch.full((len(sketch_TW),), -1)
+    place_T = torch.full((len(sketches),), -1)
     place_T[asked_A] = torch.arange(len(asked_A))
+    sketch_AW = sketches.take(asked_A)
     blocks = [
-        _nearest(sketch_TW, asked_B, keep_alive=keep_alive)
-        for asked_B in asked_A.split(_ASKED_BLOCK)
+        _nearest(sketches, asked_B, sketch_BW, keep_alive=keep_alive)
+        for asked_B, sketch_BW in zip(
+            asked_A.split(_ASKED_BLOCK), sketch_AW.split(_ASKED_BLOCK), strict=True
+        )
     ]
     return Alike(
         place_T,
@@ -87,26 +104,27 @@ def find_alike(sketch_TW: Tensor, asked_A: Tensor, *, keep_alive: Callable[[], N
 
 
 def _nearest(
-    sketch_TW: Tensor, asked_B: Tensor, *, keep_alive: Callable[[], None]
+    sketches: Sketches, asked_B: Tensor, sketch_BW: Tensor, *, keep_alive: Callable[[], None]
 ) -> tuple[Neighbours, Neighbours]:
     """Return who is alike and who is opposed to a block of samples."""
-    asked_BW = _unit(sketch_TW[asked_B])
+    asked_BW = _unit(sketch_BW)
     nobody = torch.full((len(asked_B), NUM_ALIKE), -1)
     best = [(nobody, torch.zeros(nobody.shape)) for _ in range(2)]
-    for start in range(0, len(sketch_TW), _CANDIDATE_BLOCK):
+    for index_C, sketch_CW in sketches.blocks():
         keep_alive()
-        candidate_CW = _unit(sketch_TW[start : start + _CANDIDATE_BLOCK])
-        cosine_BC = (asked_BW @ candidate_CW.T).mul_(_STEPS).round_().div_(_STEPS)
-        own_B = asked_B - start
-        is_here_B = (own_B >= 0) & (own_B < len(candidate_CW))
+        cosine_BC = (asked_BW @ _unit(sketch_CW).T).mul_(_STEPS).round_().div_(_STEPS)
+        own_B = torch.searchsorted(index_C, asked_B).clamp_(max=len(index_C) - 1)
+        is_here_B = index_C[own_B] == asked_B
         cosine_BC[is_here_B, own_B[is_here_B]] = 0
         for side, sign in enumerate((1, -1)):
             signed_BC = cosine_BC if sign == 1 else cosine_BC.neg_()
             place_BK = highest_positive(signed_BC, NUM_ALIKE)
             index, value = best[side]
-            # those that stand first come from smaller indices
             value = torch.cat([value, signed_BC.gather(1, place_BK)], dim=1)
-            index = torch.cat([index, place_BK + start], dim=1)
+            index = torch.cat([index, index_C[place_BK]], dim=1)
+            # first by index, then by value: equals stay in the order of the training set
+            by_index = index.argsort(dim=1)
+            value, index = value.gather(1, by_index), index.gather(1, by_index)
             order = value.argsort(dim=1, descending=True, stable=True)[:, :NUM_ALIKE]
             best[side] = index.gather(1, order), value.gather(1, order)
     (alike, alike_cosine), (opposed, opposed_cosine) = best

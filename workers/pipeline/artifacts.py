@@ -93,6 +93,11 @@ class Artifacts:
         return self._scratch / "verify" / f"{training:05d}.safetensors"
 
     @property
+    def offloaded(self) -> Path:
+        """Weights of a model that neither a device nor memory has room for."""
+        return self._scratch / "offloaded"
+
+    @property
     def ranks(self) -> Path:
         """A folder for the ranks of one estimator's influence while they are aggregated."""
         return self._scratch / "ranks"

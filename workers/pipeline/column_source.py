@@ -15,8 +15,8 @@ from workers.influence.estimators import SampleEstimator
 from workers.pipeline.artifacts import Artifacts, TensorFile
 from workers.pipeline.training_facts import TrainingFacts
 
-BLOCK_BYTES = 32 * 1024**2
-SAMPLE_BLOCK_BYTES = 32 * 1024**2
+BLOCK_BYTES = 4 * 1024**2
+SAMPLE_BLOCK_BYTES = 16 * 1024**2
 FLOAT32 = 4
 
 
@@ -27,15 +27,17 @@ class ColumnSource(ABC):
         num_rows: R.
         num_columns: V, of every row.
         num_train: F.
+        num_read: samples that are read of a column, F or more.
     """
 
     num_rows: int
     num_columns: int
     num_train: int
+    num_read: int
 
     def column_blocks(self) -> Iterator[slice]:
         """Yield the blocks of a row's columns that keep memory bounded."""
-        step = max(1, BLOCK_BYTES // (FLOAT32 * self.num_train))
+        step = max(1, BLOCK_BYTES // (FLOAT32 * self.num_read))
         for start in range(0, self.num_columns, step):
             yield slice(start, min(start + step, self.num_columns))
 
@@ -49,7 +51,7 @@ class ShardedSource(ColumnSource):
 
     def __init__(self, facts: TrainingFacts) -> None:
         self._facts = facts
-        self.num_train = len(facts.compared_F)
+        self.num_train, self.num_read = len(facts.compared_F), len(facts)
         # of every compared sample the place in the shards, one after the other
         order_T = torch.cat(facts.shard_index).argsort()
         self._order_F = order_T[facts.is_compared_T].numpy()

@@ -23,7 +23,7 @@ from workers.pipeline.arms import Plan, PlannedArm, read_training_data
 from workers.pipeline.artifacts import Artifacts, read_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.failures import AuditRefused
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.samples import SampleSet
 
 ROWS_PER_CHUNK = 20_000

@@ -7,9 +7,9 @@ Shapes: T training samples, V validation samples, H features, C classes.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ MAX_FITTED = 20_000
 # Strong regularisation: the features have been trained on the same labels, wrong ones included.
 INVERSE_PENALTY = 1e-3
 _MAX_STEPS = 1000
-_ROWS = 50_000
 Array = NDArray[Any]
 
 
@@ -42,8 +41,20 @@ class OutOfSample:
     validation_VC: Tensor
 
 
+class Features(Protocol):
+    """The finite features of all training samples."""
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield training indices [N] with their features [N, H], until all came."""
+        ...
+
+    def take(self, index_N: Tensor) -> Tensor:
+        """Return the features of some samples, [N, H]."""
+        ...
+
+
 def predict_out_of_sample(
-    train_TH: Tensor,
+    train: Features,
     label_T: Tensor,
     validation_VH: Tensor,
     *,
@@ -54,7 +65,7 @@ def predict_out_of_sample(
     """Fit a logistic regression for every fold and let it answer for the others.
 
     Args:
-        train_TH: finite features.
+        train: read once for every fold's fit, and once for what it answers.
         label_T: classes as given.
         validation_VH: finite features.
         num_classes: C; a class without samples outside a fold has probability 0 in it.
@@ -69,7 +80,7 @@ def predict_out_of_sample(
     fold_T[order_T] = torch.arange(len(label_T)) % NUM_FOLDS
     train_TC = np.zeros((len(label_T), num_classes), dtype=np.float32)
     validation_VC = np.zeros((len(validation_VH), num_classes), dtype=np.float32)
-    features, validation = train_TH.numpy(), validation_VH.numpy()
+    validation = validation_VH.numpy()
     for fold in range(NUM_FOLDS):
         keep_alive()
         others = (fold_T != fold).nonzero().flatten()
@@ -77,11 +88,11 @@ def predict_out_of_sample(
             continue
         if len(others) > MAX_FITTED:
             others = others[torch.randperm(len(others), generator=generator)[:MAX_FITTED]]
-        predict = _fit(features[others.numpy()], label_T[others].numpy(), num_classes=num_classes)
-        held_out = (fold_T == fold).nonzero().flatten().numpy()
-        for start in range(0, len(held_out), _ROWS):
-            rows = held_out[start : start + _ROWS]
-            train_TC[rows] = predict(features[rows])
+        predict = _fit(train.take(others).numpy(), label_T[others].numpy(), num_classes=num_classes)
+        for index_N, feature_NH in train.blocks():
+            is_held_out_N = fold_T[index_N] == fold
+            rows = index_N[is_held_out_N].numpy()
+            train_TC[rows] = predict(feature_NH[is_held_out_N].numpy())
         validation_VC += predict(validation) / NUM_FOLDS
     return OutOfSample(torch.from_numpy(train_TC), torch.from_numpy(validation_VC))
 

@@ -115,14 +115,14 @@ def find_evidence(context: StageContext, findings: Findings, score_T: Tensor) ->
         score_T: of the audit's own ranking: of a large set only the most suspect are compared.
     """
     facts, alike, probabilities = findings.facts, None, None
-    sketch_TW = facts.wide("sketch")
-    if sketch_TW is not None:
+    sketches = facts.wide("sketch")
+    if sketches is not None:
         asked_A = asked_samples(order_by_score(score_T))
-        alike = find_alike(sketch_TW, asked_A, keep_alive=context.hold.keep_alive)
-    model_TC = facts.wide("class_probability")
-    if model_TC is not None and findings.labels:
+        alike = find_alike(sketches, asked_A, keep_alive=context.hold.keep_alive)
+    class_probability = facts.wide("class_probability")
+    if class_probability is not None and findings.labels:
         out_of_sample = findings.out_of_sample
         probabilities = Probabilities.of(
-            model_TC, out_of_sample.train_TC if out_of_sample is not None else None
+            class_probability.all(), out_of_sample.train_TC if out_of_sample is not None else None
         )
     return Evidence(alike, probabilities)

@@ -12,7 +12,7 @@ from workers.pipeline.artifacts import read_tensors, write_tensors
 from workers.pipeline.confidence import OutOfSample, predict_out_of_sample
 from workers.pipeline.context import StageContext
 from workers.pipeline.layout import ModelLayout
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.probe_samples import read_probes
 from workers.pipeline.probed_set import ProbedSet
 from workers.pipeline.samples import SampleSet
@@ -123,13 +123,13 @@ def _out_of_sample(
     num_classes: int,
 ) -> OutOfSample | None:
     """Ask the simple model, once for the audit and all its rankings."""
-    features_TH = facts.wide("features")
-    if features_TH is None or "features" not in validation_facts:
+    features = facts.wide("features")
+    if features is None or "features" not in validation_facts:
         return None
     path = context.artifacts.out_of_sample
     if not path.exists():
         found = predict_out_of_sample(
-            features_TH,
+            features,
             train.label_T,
             validation_facts["features"],
             num_classes=num_classes,

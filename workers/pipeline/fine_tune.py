@@ -19,11 +19,13 @@ from workers.pipeline.artifacts import write_json
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import wishes_of
 from workers.pipeline.failures import AuditRefused
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.placing import load_placed, on_device
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.splitting import is_trained_on
 from workers.pipeline.training import Diverged, Runner, Training, train
-from workers.sources.loading import load_model
+from workers.sources.libraries import Task
+from workers.sources.loading import is_on_paper, place_adapter
 
 QUERY_AND_VALUE = (
     ("query", "value"),
@@ -86,7 +88,7 @@ def fine_tune(context: StageContext) -> StageOutput:
     samples = SampleSet(artifacts.train)
     keeps_epochs = wishes_of(context).checkpoints
     with context.hold.silence():
-        model = adapted_model(prepared, options).to(device)
+        model = adapted_model(context, prepared, options)
 
     def keep_epoch(epoch: int) -> None:
         if keeps_epochs:
@@ -121,17 +123,26 @@ def fine_tune(context: StageContext) -> StageOutput:
     )
 
 
-def adapted_model(prepared: Prepared, options: FineTune) -> PeftModel:
-    """Return the base model with new adapters, and for a classifier a new head.
+def adapted_model(context: StageContext, prepared: Prepared, options: FineTune) -> PeftModel:
+    """Return the base model with new adapters, and for a classifier a new head, ready to train.
 
     Both are drawn from the seed of the options alone.
 
     Raises:
         AuditRefused: the adapters do not fit the model; names the field.
     """
-    base: Any = load_model(
-        prepared.model, task=prepared.task, labels=prepared.labels, new_head_seed=options.seed
-    ).model
+    base = load_placed(context, prepared, prepared.model, new_head_seed=options.seed)
+    return on_device(context, add_adapters(base, prepared.task, options), trains=True)
+
+
+def add_adapters(base: Any, task: Task, options: FineTune) -> PeftModel:  # noqa: ANN401
+    """Return a base model with new adapters, drawn from the seed of the options alone.
+
+    A model without memory for its weights, on the meta device, gets adapters without any too.
+
+    Raises:
+        AuditRefused: the adapters do not fit the model; names the field.
+    """
     base.config.use_cache = False
     try:
         targets = _targets(base, options)
@@ -140,16 +151,17 @@ def adapted_model(prepared: Prepared, options: FineTune) -> PeftModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         try:
-            return get_peft_model(
+            adapted = get_peft_model(
                 base,
                 LoraConfig(
-                    task_type=TASK_TYPES[prepared.task],
+                    task_type=TASK_TYPES[task],
                     r=options.rank,
                     lora_alpha=options.alpha,
                     lora_dropout=options.dropout,
                     target_modules=targets,
                     fan_in_fan_out=_is_transposed(base, targets),
                 ),
+                low_cpu_mem_usage=is_on_paper(base),
             )
         except ValueError as error:
             raise AuditRefused(
@@ -157,6 +169,8 @@ def adapted_model(prepared: Prepared, options: FineTune) -> PeftModel:
                 f"PEFT cannot put adapters on {', '.join(targets)}: {error}",
                 field="fine_tune.target_modules",
             ) from error
+        place_adapter(adapted)
+    return adapted
 
 
 def _targets(model: nn.Module, options: FineTune) -> list[str]:

@@ -20,10 +20,6 @@ FLOAT32 = 4
 MAX_SAMPLES_PER_BATCH = 256
 MIN_TOKENS_PER_BATCH = 16
 SHARD_BYTES = 512 * 1024**2
-# Captured inputs, outputs and their gradients, in hidden-sized float32 vectors per token and layer.
-ACTIVATION_VECTORS = 24
-# Logits, their softmax and their gradient.
-LOGIT_VECTORS = 3
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class BatchLimits:
 
 @dataclass(frozen=True)
 class Workload:
-    """What an audit holds, in float32 numbers.
+    """What an audit holds, in float32 numbers where nothing else is said.
 
     Attributes:
         num_validation: validation samples, 0 without a validation set.
@@ -65,7 +61,7 @@ class Workload:
         held_floats: sums over all samples that are held: totals, and the factors of EK-FAC; and
             the draws of the sketches.
         influence_floats: influence of all estimators on one training sample.
-        activation_floats: captured inputs, outputs and their gradients of one token.
+        activation_bytes: what a token needs in a forward and backward pass.
         keeps_gradients: whether the dense gradients of a shard are buffered for later passes.
     """
 
@@ -76,7 +72,7 @@ class Workload:
     num_curvature: int
     held_floats: int
     influence_floats: int
-    activation_floats: int
+    activation_bytes: int
     keeps_gradients: bool
 
 
@@ -106,17 +102,6 @@ def row_floats(spec: ModuleSpec, *, num_tokens: int) -> int:
             return spec.num_parameters
 
 
-def activation_floats(*, hidden_size: int, num_layers: int, vocabulary: int) -> int:
-    """Return how many numbers a token needs in a forward and backward pass.
-
-    Args:
-        hidden_size: width of the model.
-        num_layers: its transformer blocks.
-        vocabulary: size of the language-model head, 0 for a classifier.
-    """
-    return hidden_size * num_layers * ACTIVATION_VECTORS + vocabulary * LOGIT_VECTORS
-
-
 def plan_memory(
     workload: Workload, *, free_bytes: int, tokens_per_batch: int, samples_per_shard: int
 ) -> MemoryPlan:
@@ -140,7 +125,7 @@ def plan_memory(
     kept = workload.dense_floats if workload.keeps_gradients else workload.largest_floats
     per_sample = FLOAT32 * (workload.influence_floats + kept)
     shard = max(1, min(samples_per_shard, SHARD_BYTES // max(1, per_sample)))
-    per_token = FLOAT32 * workload.activation_floats
+    per_token = workload.activation_bytes
     tokens = tokens_per_batch
     room = (free_bytes - held) // 2
     while tokens > MIN_TOKENS_PER_BATCH and tokens * per_token > room // 2:

@@ -5,95 +5,29 @@ Afterwards the audit needs neither the network nor the caller's files any more.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pyarrow as pa
 
 from app.audits.automatic import needs_split
 from app.references import parse_model_reference
 from app.version import VERSION
-from workers.pipeline.artifacts import read_json, sha256_of, write_json
+from workers.pipeline.artifacts import sha256_of
 from workers.pipeline.context import StageContext, StageOutput
+from workers.pipeline.estimate import estimate
 from workers.pipeline.failures import AuditRefused
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.samples import SCHEMA, write_samples
 from workers.pipeline.splitting import split_off
 from workers.pipeline.tables import Table, read_batches, resolve_table
 from workers.pipeline.targets import Label, Targets, read_classes, read_completions
 from workers.pipeline.tokenise import TOKENISERS, RowTokeniser, TokenisedRows
 from workers.sources.errors import SourceError
-from workers.sources.libraries import Task
 from workers.sources.loading import longest_input
 from workers.sources.models import ResolvedModel, resolve_adapter, resolve_model
 from workers.sources.tokenizers import CHAT_DATE, load_tokenizer
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What the later stages need to know of the model and the labels.
-
-    Attributes:
-        task: what the model does.
-        model: where the resolved model lies.
-        labels: the label of each class; the class of a sample indexes it. None for causal_lm.
-        pad_id: the token that batches are padded with.
-        checkpoint_paths: where the adapters of model.checkpoints lie.
-    """
-
-    task: Task
-    model: ResolvedModel
-    labels: tuple[Label, ...]
-    pad_id: int
-    checkpoint_paths: tuple[Path, ...] = ()
-
-    def write(self, path: Path) -> None:
-        """Keep it for the stages that follow.
-
-        What lies in the data directory is named from there, so that the directory can be moved.
-        """
-        data_dir = _data_dir(path)
-        model = {name: _plain(value, data_dir) for name, value in asdict(self.model).items()}
-        write_json(
-            path,
-            {
-                "task": self.task,
-                "model": model,
-                "labels": list(self.labels),
-                "pad_id": self.pad_id,
-                "checkpoint_paths": [_plain(of, data_dir) for of in self.checkpoint_paths],
-            },
-        )
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read it back."""
-        kept: dict[str, Any] = read_json(path)
-        model, data_dir = kept["model"], _data_dir(path)
-        adapter, names = model["adapter_path"], model["class_names"]
-        model |= {
-            "path": data_dir / model["path"],  # an absolute path stays what it is
-            "adapter_path": data_dir / adapter if adapter else None,
-            "class_names": tuple(names) if names is not None else None,
-        }
-        return cls(
-            task=kept["task"],
-            model=ResolvedModel(**model),
-            labels=tuple(kept["labels"]),
-            pad_id=kept["pad_id"],
-            checkpoint_paths=tuple(data_dir / folder for folder in kept["checkpoint_paths"]),
-        )
-
-
-def _data_dir(path: Path) -> Path:
-    return path.parents[3]  # of <data_dir>/audits/<audit id>/prepared/prepared.json
-
-
-def _plain(value: object, data_dir: Path) -> object:
-    if not isinstance(value, Path):
-        return value
-    return str(value.relative_to(data_dir) if value.is_relative_to(data_dir) else value)
 
 
 @dataclass(frozen=True)
@@ -159,13 +93,16 @@ def prepare(context: StageContext) -> StageOutput:
             swapped.remove()
     num_validation = targets["validation"].num_rows if "validation" in targets else 0
     num_split = split_off(context) if needs_split(request.stored()) else 0
-    Prepared(
+    prepared = Prepared(
         task=request.task,
         model=sources.model,
         labels=classes,
         pad_id=tokenizer.pad_token_id,
         checkpoint_paths=tuple(of.adapter_path for of in sources.checkpoints if of.adapter_path),
-    ).write(artifacts.prepared)
+    )
+    prepared.write(artifacts.prepared)
+    with context.hold.silence():
+        told = estimate(context, prepared)
     provenance: dict[str, Any] = {
         "engine_version": VERSION,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
@@ -181,6 +118,7 @@ def prepare(context: StageContext) -> StageOutput:
         "seed": request.seed,
         "max_tokens": max_tokens,
         "num_truncated": num_truncated,
+        "estimate": told.described() if told is not None else None,
     }
     if num_split:
         provenance["num_split"] = num_split

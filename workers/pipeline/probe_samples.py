@@ -12,7 +12,7 @@ from workers.influence.batching import collate, completion_labels
 from workers.influence.probes import Probes, draw_completion_probes, draw_label_probes
 from workers.pipeline.artifacts import read_tensors, write_tensors
 from workers.pipeline.context import StageContext
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.tokenise import cut
 from workers.pipeline.training_facts import TrainingFacts

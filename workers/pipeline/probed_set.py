@@ -111,7 +111,7 @@ class ProbedSource(ColumnSource):
         self._train, self._probes = train, probes
         self._place_P = is_probe_F.nonzero().flatten()
         self.num_rows, self.num_columns = train.num_rows, train.num_columns
-        self.num_train = train.num_train
+        self.num_train, self.num_read = train.num_train, train.num_read
 
     def read(self, row: int, columns: slice) -> Tensor:
         """Return influence_CF of one row on some columns."""

@@ -26,7 +26,7 @@ from workers.pipeline.related import Related
 from workers.pipeline.samples import NO_CLASS, SampleSet
 from workers.pipeline.training_facts import TrainingFacts
 
-ROWS_PER_CHUNK = 20_000
+ROWS_PER_CHUNK = 5_000
 FILE_SCHEMA = pa.schema(
     {
         "rank": pa.int32(),

@@ -15,6 +15,7 @@ from workers.pipeline.column_source import InfluenceReader
 from workers.pipeline.training_facts import TrainingFacts
 
 NUM_RELATED = 5
+_SAMPLES = 8192
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,23 @@ class Related:
     harm_KT: Tensor
     helped_KT: Tensor
     help_KT: Tensor
+
+
+def _lowest(
+    value_KF: Tensor, index_KF: Tensor, mean_VF: Tensor, index_V: Tensor, *, sign: int
+) -> tuple[Tensor, Tensor]:
+    """Return the lowest of what was kept and of a further block, some samples at a time."""
+    values, indices = [], []
+    index_V1 = index_V[:, None]
+    for kept_KB, kept_index_KB, mean_VB in zip(
+        *(each.split(_SAMPLES, dim=1) for each in (value_KF, index_KF, mean_VF)), strict=True
+    ):
+        candidate = torch.cat([kept_KB, mean_VB])
+        candidate_index = torch.cat([kept_index_KB, index_V1.expand_as(mean_VB)])
+        order = lowest_places(sign * candidate, NUM_RELATED)
+        values.append(candidate.gather(0, order))
+        indices.append(candidate_index.gather(0, order))
+    return torch.cat(values, dim=1), torch.cat(indices, dim=1)
 
 
 def find_related(
@@ -61,12 +79,10 @@ def find_related(
             keep_alive()
             mean_VF += reader.read(row, columns)
         mean_VF = (mean_VF / len(rows)).float()
-        index_VF = index_V[columns][:, None].expand_as(mean_VF)
-        for side, is_helped in enumerate((False, True)):
-            value, index = best[side]
-            candidate, candidate_index = torch.cat([value, mean_VF]), torch.cat([index, index_VF])
-            order = lowest_places(-candidate if is_helped else candidate, NUM_RELATED)
-            best[side] = (candidate.gather(0, order), candidate_index.gather(0, order))
+        best = [
+            _lowest(*each, mean_VF, index_V[columns], sign=sign)
+            for each, sign in zip(best, (1, -1), strict=True)
+        ]
     (harm_KF, harmed_KF), (help_KF, helped_KF) = best
 
     def spread(value_KF: Tensor, default_K: Tensor) -> Tensor:

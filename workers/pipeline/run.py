@@ -22,6 +22,7 @@ from workers.pipeline.checkpoints import compute_checkpoint
 from workers.pipeline.conclude import conclude
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.curvature import fit_curvature
+from workers.pipeline.estimate import check_fits
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.fine_tune import fine_tune
 from workers.pipeline.gradients import compute_gradients
@@ -99,6 +100,7 @@ def run_stage(engine: Engine, settings: Settings, claim: Claim, hold: Hold) -> S
         )
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
+    check_fits(context)
     started = time.perf_counter()
     output = STAGES[claim.stage](context)
     return replace(output, stage=claim.stage.value, seconds=time.perf_counter() - started)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.device import choose_device
 from workers.influence.errors import NoTrackedModules, UnsupportedModule
 from workers.influence.gradients import GradientExtractor, SampleGradients
 from workers.influence.layer_groups import UnknownLayers, resolve_layers
@@ -23,22 +22,15 @@ from workers.pipeline.failures import AuditRefused
 from workers.pipeline.fine_tune import query_and_value
 from workers.pipeline.memory import (
     BatchLimits,
-    activation_floats,
     plan_batches,
     plan_shards,
     split_batches,
 )
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.placing import DTYPES, load_placed, on_device, recomputes
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.probe_samples import ProbeSet, read_probes
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.shards import Shard
-from workers.sources.loading import load_model
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass
@@ -49,7 +41,6 @@ class Runtime:
         key: the audit, and the checkpoint where it is not the audited state.
         validation: None for an audit without a validation set.
         limits: of a batch that fits here; halved for good when memory ran out.
-        activation_floats: what a token needs in a forward and backward pass.
     """
 
     key: tuple[str, int | None]
@@ -58,7 +49,6 @@ class Runtime:
     train: SampleSet
     validation: SampleSet | None
     limits: BatchLimits
-    activation_floats: int
     _shards: list[Tensor] | None = None
     _probes: ProbeSet | None = None
     _probe_shards: list[Tensor] = field(default_factory=list)
@@ -149,20 +139,21 @@ def load_runtime(context: StageContext, *, checkpoint: int | None = None) -> Run
     if _loaded and _loaded[0].key == key:
         return _loaded[0]
     _loaded.clear()
-    artifacts, request = context.artifacts, context.request
+    artifacts = context.artifacts
     prepared = Prepared.read(artifacts.prepared)
     resolved = replace(prepared.model, adapter_path=_adapter_path(context, prepared, checkpoint))
     with context.hold.silence():
-        loaded = load_model(resolved, task=request.task, labels=prepared.labels)
+        model = on_device(context, load_placed(context, prepared, resolved))
     train = SampleSet(artifacts.train)
     validation = SampleSet(artifacts.validation) if context.has_validation else None
-    model: Any = loaded.model
-    config = model.config.get_text_config()
     longest = max(int(samples.length_T.max()) for samples in (train, validation) if samples)
     runtime = Runtime(
         key=key,
-        extractor=_make_extractor(
-            context, model, has_adapter=resolved.adapter_path is not None, longest=longest
+        extractor=make_extractor(
+            context,
+            model,
+            has_adapter=resolved.adapter_path is not None,
+            longest=longest,
         ),
         prepared=prepared,
         train=train,
@@ -170,11 +161,6 @@ def load_runtime(context: StageContext, *, checkpoint: int | None = None) -> Run
         limits=BatchLimits.planned(context.provenance)
         if "samples_per_batch" in context.provenance
         else BatchLimits(context.settings.tokens_per_batch),
-        activation_floats=activation_floats(
-            hidden_size=int(config.hidden_size),
-            num_layers=int(config.num_hidden_layers),
-            vocabulary=int(config.vocab_size) if request.task == "causal_lm" else 0,
-        ),
     )
     _loaded.append(runtime)
     return runtime
@@ -195,9 +181,26 @@ def _adapter_path(context: StageContext, prepared: Prepared, checkpoint: int | N
     return context.artifacts.epoch_adapter(checkpoint)
 
 
-def _make_extractor(
-    context: StageContext, model: nn.Module, *, has_adapter: bool, longest: int
+def make_extractor(
+    context: StageContext,
+    model: nn.Module,
+    *,
+    has_adapter: bool,
+    longest: int,
+    recompute: bool | None = None,
 ) -> GradientExtractor:
+    """Return what takes the audit's gradients.
+
+    Args:
+        context: the unit of work.
+        model: on the device where it will run.
+        has_adapter: whether it is a PEFT model.
+        longest: tokens of the longest sample.
+        recompute: whether blocks are computed again on the way back; None is what was chosen.
+
+    Raises:
+        AuditRefused: its gradients cannot be taken; names the field.
+    """
     request, wishes = context.request, wishes_of(context)
     wanted = request.model.projection
     options: Mapping[str, Any] = {
@@ -209,14 +212,13 @@ def _make_extractor(
         "word_embeddings": wishes.word_embeddings,
         "hidden_states": wishes.hidden_states,
         "kronecker": wishes.kronecker,
+        "recompute": recomputes(context) if recompute is None else recompute,
     }
     try:
         targets = None
         if not has_adapter:
             targets = request.model.target_modules or query_and_value(model)
-        extractor = GradientExtractor(
-            model.to(choose_device(context.settings.device)), target_modules=targets, **options
-        )
+        extractor = GradientExtractor(model, target_modules=targets, **options)
     except (NoTrackedModules, UnsupportedModule) as error:
         field = "model.adapter" if request.model.adapter else "model.target_modules"
         if request.fine_tune is not None:

@@ -28,7 +28,7 @@ from workers.pipeline.checkpoint import (
     trainable,
 )
 from workers.pipeline.context import StageContext
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.samples import SampleSet
 
 BATCHES_PER_WINDOW = 32

@@ -6,11 +6,53 @@ compared by influence, B the others.
 
 import copy
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from workers.pipeline.artifacts import Artifacts, TensorFile
+
+
+class WideRows:
+    """A row of numbers for each training sample, on disk: it may be more than memory has room for.
+
+    Args:
+        files: the shards' facts.
+        shard_index: the training indices of every shard's samples.
+        name: which of the facts.
+    """
+
+    def __init__(
+        self, files: Sequence[TensorFile], shard_index: Sequence[Tensor], name: str
+    ) -> None:
+        self._files, self._shard_index, self._name = files, shard_index, name
+
+    def __len__(self) -> int:
+        return sum(map(len, self._shard_index))
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ascending training indices, int64 [N], with their rows [N, W], until all came."""
+        for index_N, file in zip(self._shard_index, self._files, strict=True):
+            order_N = index_N.argsort()
+            yield index_N[order_N], file.rows(self._name)[order_N]
+
+    def take(self, index_N: Tensor) -> Tensor:
+        """Return the rows of some training samples, [N, W]."""
+        place_T = torch.full((len(self),), -1)
+        place_T[index_N] = torch.arange(len(index_N))
+        taken_NW: Tensor | None = None
+        for index_B, value_BW in self.blocks():
+            if taken_NW is None:
+                taken_NW = value_BW.new_empty(len(index_N), value_BW.shape[1])
+            place_B = place_T[index_B]
+            taken_NW[place_B[place_B >= 0]] = value_BW[place_B >= 0]
+        assert taken_NW is not None  # noqa: S101 - there is no audit without samples
+        return taken_NW
+
+    def all(self) -> Tensor:
+        """Return all rows, [T, W]."""
+        return self.take(torch.arange(len(self)))
 
 
 def read_compared(file: TensorFile) -> Tensor:
@@ -64,7 +106,7 @@ class TrainingFacts:
         facts.is_compared_T[index_N] = other.is_compared_T[other.finite_N]
         return facts
 
-    def wide(self, name: str) -> Tensor | None:
+    def wide(self, name: str) -> "WideRows | None":
         """Return what is kept beside numbers, None where it is not.
 
         Args:
@@ -72,11 +114,7 @@ class TrainingFacts:
         """
         if any(name not in file for file in self.files):
             return None
-        first = self.files[0].rows(name)
-        value_TW = first.new_empty(len(self), first.shape[1])
-        for index_N, file in zip(self.shard_index, self.files, strict=True):
-            value_TW[index_N] = file.rows(name)
-        return value_TW
+        return WideRows(self.files, self.shard_index, name)
 
     @property
     def finite_N(self) -> Tensor:

@@ -20,35 +20,22 @@ from app.catalogue import AUTO
 from app.storage import wait_if_full
 from workers.device import device_name, free_bytes
 from workers.influence.errors import InsufficientMemory
-from workers.influence.estimators import (
-    CheckpointEstimator,
-    ClassEstimator,
-    CurvatureEstimator,
-    HiddenStateEstimator,
-    WordEmbeddingEstimator,
-)
-from workers.influence.kronecker import MAX_SIDE
+from workers.influence.estimators import ClassEstimator
 from workers.influence.layer_groups import UnknownLayers
 from workers.influence.rows import SparseRows
-from workers.influence.sketch import sketch_floats
 from workers.pipeline.agreement import compare_projection
 from workers.pipeline.artifacts import write_json, write_tensors
 from workers.pipeline.checkpoints import learning_rates
 from workers.pipeline.checkup import check_model
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.curvature import module_blocks
+from workers.pipeline.estimate import activation_bytes
 from workers.pipeline.estimating import estimators_of, wishes_of
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.layout import ModelLayout
-from workers.pipeline.memory import (
-    FLOAT32,
-    MemoryPlan,
-    Workload,
-    plan_memory,
-    plan_shards,
-    row_floats,
-)
+from workers.pipeline.memory import MemoryPlan, plan_memory, plan_shards
 from workers.pipeline.non_finite import check_share
+from workers.pipeline.planning import Audited, demand_of
 from workers.pipeline.probe_samples import num_probes
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.screening import least_loss
@@ -145,79 +132,27 @@ def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
     Raises:
         InsufficientMemory: it does not fit; says what to change.
     """
-    specs, num_train = runtime.extractor.modules, len(runtime.train)
-    num_validation = len(runtime.validation) if runtime.validation else 0
-    sizes = [specs[module].num_parameters for module in runtime.dense_modules]
-    curvature = [item for item in estimators_of(context) if isinstance(item, CurvatureEstimator)]
-    dense_floats = sum(sizes) if curvature else 0
-    for estimator in curvature:
-        for module in runtime.dense_modules:
-            estimator.check_size(specs[module])
-    cache_bytes = num_train * dense_floats * FLOAT32
-    keeps_gradients = 0 < cache_bytes <= context.settings.max_gradient_cache_bytes
-    longest = int(runtime.train.length_T.max())
-    sums = _sum_floats(context, runtime)
-    workload = Workload(
-        num_validation=num_validation,
-        row_floats=sum(row_floats(spec, num_tokens=longest) for spec in specs),
-        dense_floats=dense_floats,
-        largest_floats=max(sizes, default=0) if curvature else 0,
-        num_curvature=len(curvature),
-        held_floats=sums + sketch_floats(specs),
-        influence_floats=_influence_floats(context, runtime, num_validation),
-        activation_floats=runtime.activation_floats,
-        keeps_gradients=keeps_gradients,
+    demand = demand_of(
+        context,
+        Audited(
+            specs=runtime.extractor.modules,
+            num_blocks=runtime.extractor.num_blocks,
+            num_classes=len(runtime.prepared.labels),
+            num_train=len(runtime.train),
+            num_validation=len(runtime.validation) if runtime.validation else 0,
+            longest=int(runtime.train.length_T.max()),
+            activation_bytes=activation_bytes(context, runtime.prepared),
+        ),
     )
     plan = plan_memory(
-        workload,
+        demand.workload,
         free_bytes=free_bytes(runtime.device),
         tokens_per_batch=context.settings.tokens_per_batch,
         samples_per_shard=context.settings.samples_per_shard,
     )
-    num_shards = -(-num_train // plan.samples_per_shard)
-    num_samples = num_train
-    if needs_probes(context.request.stored()):
-        num_samples += num_probes(context, num_train)
-    held = workload.row_floats * (1 + _num_checkpoints(context))
-    held += workload.dense_floats * workload.num_curvature
-    _check_disk(
-        context,
-        FLOAT32 * (num_samples * workload.influence_floats + num_validation * held)
-        + FLOAT32 * num_shards * sums
-        + min(cache_bytes, context.settings.max_gradient_cache_bytes),
-    )
-    return keeps_gradients, plan
-
-
-def _sum_floats(context: StageContext, runtime: Runtime) -> int:
-    """Return how many float32 the sums over samples take: float64 totals and Kronecker factors."""
-    specs = [runtime.extractor.modules[module] for module in runtime.dense_modules]
-    total = sum(math.prod(spec.shape) for spec in specs)
-    if wishes_of(context).kronecker:
-        sides = [side for spec in specs if len(spec.shape) > 1 for side in spec.shape]
-        total += sum(side**2 for side in sides if side <= MAX_SIDE)
-    return 2 * total
-
-
-def _influence_floats(context: StageContext, runtime: Runtime, num_validation: int) -> int:
-    """Return how many numbers of influence all estimators have on one training sample."""
-    num_dense = len(runtime.dense_modules)
-    total = 0
-    for estimator in estimators_of(context):
-        if estimator.kind not in {"pairwise", "class"}:
-            continue
-        match estimator:
-            case WordEmbeddingEstimator():
-                total += num_validation
-            case HiddenStateEstimator():
-                total += runtime.extractor.num_blocks * num_validation
-            case ClassEstimator():
-                total += num_dense * len(runtime.prepared.labels)
-            case CheckpointEstimator():
-                total += num_dense * num_validation * len(learning_rates(context))
-            case _:
-                total += len(runtime.extractor.modules) * num_validation
-    return total
+    num_shards = -(-len(runtime.train) // plan.samples_per_shard)
+    _check_disk(context, demand.disk_bytes + num_shards * demand.shard_disk_bytes)
+    return demand.workload.keeps_gradients, plan
 
 
 def _check_disk(context: StageContext, needed: int) -> None:

@@ -13,7 +13,7 @@ from workers.pipeline.artifacts import read_tensors, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.fine_tune import adapted_model
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.prepared import Prepared
 from workers.pipeline.runtime import forget_runtime
 from workers.pipeline.samples import NO_CLASS, SampleSet
 from workers.pipeline.splitting import is_trained_on
@@ -52,7 +52,7 @@ def _outcome(context: StageContext, device: torch.device) -> dict[str, Tensor]:
     prepared = Prepared.read(artifacts.prepared)
     options = _options(context).model_copy(update={"seed": planned.seed})
     with context.hold.silence():
-        model = adapted_model(prepared, options).to(device)
+        model = adapted_model(context, prepared, options)
     runner = Runner(model, prepared, device)
     training = Training(
         samples=samples,

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +28,7 @@ from workers.sources.libraries import (
     refused,
 )
 from workers.sources.models import ResolvedModel
+from workers.sources.placement import Placement, keep_differentiable
 from workers.sources.tokenizers import has_chat_template, load_tokenizer
 from workers.sources.weights import load_config, num_saved, saved_shapes
 
@@ -28,10 +36,13 @@ __all__ = [
     "Label",
     "LoadedModel",
     "has_chat_template",
+    "is_on_paper",
     "load_model",
+    "load_skeleton",
     "load_tokenizer",
     "longest_input",
     "match_labels",
+    "place_adapter",
 ]
 
 _PROBE_TOKENS = 4
@@ -53,6 +64,7 @@ def load_model(
     labels: Sequence[Label] = (),
     new_head_seed: int | None = None,
     dtype: torch.dtype = torch.float32,
+    placement: Placement | None = None,
 ) -> LoadedModel:
     """Load the model for a task.
 
@@ -67,6 +79,7 @@ def load_model(
             the head must be trained: in the model's weights, or in the adapter's. Causal language
             models keep theirs.
         dtype: of the weights.
+        placement: where they go; None is the CPU.
 
     Raises:
         SourceError: the weights do not fit the config, there is no trained head, or a model for
@@ -75,10 +88,14 @@ def load_model(
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(new_head_seed or 0)
         if task == "causal_lm":
-            model = _load_causal(resolved, dtype=dtype)
+            model = _load_causal(resolved, dtype=dtype, placement=placement)
         else:
             model = _load_classifier(
-                resolved, labels=labels, dtype=dtype, is_new=new_head_seed is not None
+                resolved,
+                labels=labels,
+                dtype=dtype,
+                is_new=new_head_seed is not None,
+                placement=placement,
             )
     tokenizer = load_tokenizer(resolved)
     _check_vocabulary(model, tokenizer)
@@ -87,6 +104,39 @@ def load_model(
     if resolved.adapter_path is not None:
         model = _load_adapter(model, resolved=resolved)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer)
+
+
+def load_skeleton(
+    resolved: ResolvedModel,
+    *,
+    task: Task = "classification",
+    labels: Sequence[Label] = (),
+    pad_id: int | None = None,
+) -> nn.Module:
+    """Return the model, with its adapter, as `load_model` does but without memory for weights.
+
+    Args:
+        resolved: what `resolve_model` answered, for the same task.
+        task: what the model is for.
+        labels: the label of each class; none for causal_lm.
+        pad_id: the token that batches are padded with.
+
+    Raises:
+        SourceError: the config or the adapter's is not valid.
+    """
+    config = load_config(resolved, task)
+    if task == "classification":
+        _set_labels(config, labels)
+    for each in (config, config.get_text_config()):
+        each.pad_token_id = pad_id
+    with quiet():
+        model = build_skeleton(config, task)
+        if resolved.adapter_path is None:
+            return model.eval()
+        with refused("the adapter does not fit the model", "unsupported_adapter", "adapter"):
+            adapter = PeftConfig.from_pretrained(str(resolved.adapter_path))
+            adapted: nn.Module = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+        return adapted.eval()
 
 
 def longest_input(resolved: ResolvedModel, *, task: Task = "classification") -> int | None:
@@ -122,7 +172,12 @@ def _text_modules(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Modul
 
 
 def _load_classifier(
-    resolved: ResolvedModel, *, labels: Sequence[Label], dtype: torch.dtype, is_new: bool
+    resolved: ResolvedModel,
+    *,
+    labels: Sequence[Label],
+    dtype: torch.dtype,
+    is_new: bool,
+    placement: Placement | None,
 ) -> Any:  # noqa: ANN401 — transformers carries no types
     head = inspect_head(resolved)
     if not is_new and head.require_trained() != len(labels):
@@ -132,15 +187,21 @@ def _load_classifier(
             "model",
         )
     config = load_config(resolved, "classification")
-    config.num_labels = len(labels)
-    config.id2label = {i: str(label) for i, label in enumerate(labels)}
-    config.label2id = {str(label): i for i, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"
-    model, report = _load_weights(resolved, config=config, task="classification", dtype=dtype)
+    _set_labels(config, labels)
+    model, report = _load_weights(
+        resolved, config=config, task="classification", dtype=dtype, placement=placement
+    )
     check_weights(report, may_miss=_replaced(head, report, is_new=is_new))
     if is_new:
         draw_head(model, names=head.names)
     return model
+
+
+def _set_labels(config: Any, labels: Sequence[Label]) -> None:  # noqa: ANN401
+    config.num_labels = len(labels)
+    config.id2label = {i: str(label) for i, label in enumerate(labels)}
+    config.label2id = {str(label): i for i, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
 
 
 def _replaced(head: Head, report: dict[str, Any], *, is_new: bool) -> frozenset[str]:
@@ -151,11 +212,15 @@ def _replaced(head: Head, report: dict[str, Any], *, is_new: bool) -> frozenset[
     return head.names | {name for name in report["missing_keys"] if ".pooler." in f".{name}"}
 
 
-def _load_causal(resolved: ResolvedModel, *, dtype: torch.dtype) -> Any:  # noqa: ANN401
+def _load_causal(
+    resolved: ResolvedModel, *, dtype: torch.dtype, placement: Placement | None
+) -> Any:  # noqa: ANN401
     config = load_config(resolved, "causal_lm")
     saved = saved_shapes(resolved, adapter=False)
     check_size(build_skeleton(config, "causal_lm"), num_saved=num_saved(saved))
-    model, report = _load_weights(resolved, config=config, task="causal_lm", dtype=dtype)
+    model, report = _load_weights(
+        resolved, config=config, task="causal_lm", dtype=dtype, placement=placement
+    )
     check_weights(report)
     _check_causal(model.eval())
     return model
@@ -167,6 +232,7 @@ def _load_weights(
     config: Any,  # noqa: ANN401
     task: Task,
     dtype: torch.dtype,
+    placement: Placement | None,
 ) -> tuple[Any, dict[str, Any]]:
     with refused("the model's weights cannot be loaded", "unsupported_model", "model"):
         model, report = AUTO_MODELS[task].from_pretrained(
@@ -178,7 +244,9 @@ def _load_weights(
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **(placement.options() if placement is not None else {}),
         )
+    keep_differentiable(model)
     return model, report
 
 
@@ -219,13 +287,13 @@ def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:  
 
 def _load_adapter(model: Any, *, resolved: ResolvedModel) -> PeftModel:  # noqa: ANN401
     with refused("the adapter does not fit the model", "unsupported_adapter", "adapter"):
-        adapted = PeftModel.from_pretrained(
-            model,
-            str(resolved.adapter_path),
-            is_trainable=False,
-            torch_device="cpu",
-            use_safetensors=True,
-        )
+        config = PeftConfig.from_pretrained(str(resolved.adapter_path))
+        config.inference_mode = True
+        adapted: Any = get_peft_model(model, config)
+        place_adapter(adapted)
+        # from_pretrained would spread a model anew whose weights lie on several devices
+        weights = load_peft_weights(str(resolved.adapter_path), device="cpu")
+        set_peft_model_state_dict(adapted, weights)
     # What the file lacks would stay at its random start, and what it has too much be dropped.
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     differing = sorted(expected ^ saved_shapes(resolved, adapter=True).keys())
@@ -237,6 +305,29 @@ def _load_adapter(model: Any, *, resolved: ResolvedModel) -> PeftModel:  # noqa:
             "adapter",
         )
     return adapted
+
+
+def is_on_paper(model: nn.Module) -> bool:
+    """Whether a model has no memory for any of its weights."""
+    return all(weight.is_meta for weight in model.parameters())
+
+
+def place_adapter(model: nn.Module) -> None:
+    """Begin the adapter of layers whose weights are brought to them where these layers run.
+
+    PEFT begins it where the weights are: nowhere.
+    """
+    for module in model.modules():
+        hook: Any = getattr(getattr(module, "base_layer", None), "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is None or not hasattr(module, "lora_A"):
+            continue
+        layer: Any = module
+        for name, factor in layer.lora_A.items():
+            if factor.weight.is_meta:
+                factor.to_empty(device=device)
+                layer.lora_B[name].to_empty(device=device)
+                layer.reset_lora_parameters(name, init_lora_weights=True)
 
 
 def _refusal(message: str, code: SourceErrorCode, field: SourceField) -> SourceError:

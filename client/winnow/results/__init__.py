@@ -3,6 +3,7 @@
 from winnow.results.audits import (
     Audit,
     AuditError,
+    AuditEstimate,
     AuditResults,
     Cancellation,
     Choice,
@@ -62,6 +63,7 @@ __all__ = [
     "Attempt",
     "Audit",
     "AuditError",
+    "AuditEstimate",
     "AuditResults",
     "Best",
     "Cancellation",

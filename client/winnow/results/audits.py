@@ -132,6 +132,22 @@ class Kept(Result):
     until: datetime | None
 
 
+class AuditEstimate(Result):
+    """What an audit takes at most, in bytes, told when it is prepared.
+
+    `memory_bytes` is of a worker that computes on its CPU, `gpu_bytes` what of it lies on a GPU
+    where it computes on one, `stages` the memory stage by stage, and `least_bytes` what a stage's
+    device must have.
+    """
+
+    memory_bytes: int
+    gpu_bytes: int
+    disk_bytes: int
+    stages: dict[str, int]
+    least_bytes: dict[str, int]
+    activation_checkpointing: bool
+
+
 class Audit(Result):
     """An audit and where it stands.
 
@@ -161,6 +177,7 @@ class Audit(Result):
     num_train: int | None
     num_validation: int | None
     provenance: dict[str, Any]
+    estimate: AuditEstimate | None = None
     timings: dict[str, float]
     results: AuditResults | None
     kept: Kept | None = None

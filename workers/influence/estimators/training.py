@@ -19,8 +19,9 @@ MAX_GRAM_BYTES = 4 * 10**9
 
 _FLOAT64 = 8
 _PANEL = 512
-_WIDE_ENTRIES = 2**22
+_WIDE_ENTRIES = 2**20
 _MIN_WIDE_ROWS = 64
+_MAX_WIDE_ROWS = 4096
 
 
 def _do_nothing() -> None:
@@ -99,6 +100,8 @@ class TrainingGradients:
 
     def _widened(self, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
         wide_rows = max(_MIN_WIDE_ROWS, _WIDE_ENTRIES // self.spec.num_parameters)
+        # their products with the validation samples are as long: a bias of two entries has no end
+        wide_rows = min(_MAX_WIDE_ROWS, wide_rows)
         waiting: list[Tensor] = []
         num_waiting = 0
         for block_Bd in blocks:
