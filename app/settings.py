@@ -127,7 +127,16 @@ class Settings(BaseSettings):
         60, gt=0, description="A worker that was silent for this long counts as gone."
     )
 
-    samples_per_shard: int = Field(1000, ge=1, description="Training samples in one shard.")
+    shard_seconds: float = Field(
+        45,
+        gt=0,
+        description="How long a shard of an audit shall take, at the speed that is measured.",
+    )
+    samples_per_shard: int = Field(
+        0,
+        ge=0,
+        description="Training samples in one shard; 0 for as many as WINNOW_SHARD_SECONDS is for.",
+    )
     tokens_per_batch: int = Field(
         4096, ge=16, description="Padded tokens in one gradient batch; halved when memory is short."
     )

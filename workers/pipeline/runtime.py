@@ -27,6 +27,7 @@ from workers.pipeline.memory import (
     plan_shards,
     split_batches,
 )
+from workers.pipeline.pace import Pace
 from workers.pipeline.prepare import Prepared
 from workers.pipeline.probe_samples import ProbeSet, read_probes
 from workers.pipeline.samples import SampleSet
@@ -49,6 +50,7 @@ class Runtime:
         validation: None for an audit without a validation set.
         limits: of a batch that fits here; halved for good when memory ran out.
         activation_floats: what a token needs in a forward and backward pass.
+        pace: of the passes over the validation samples.
     """
 
     key: tuple[str, int | None]
@@ -58,6 +60,7 @@ class Runtime:
     validation: SampleSet | None
     limits: BatchLimits
     activation_floats: int
+    pace: Pace = field(default_factory=Pace)
     _shards: list[Tensor] | None = None
     _probes: ProbeSet | None = None
     _probe_shards: list[Tensor] = field(default_factory=list)
@@ -95,6 +98,8 @@ class Runtime:
                 self.train.length_T,
                 BatchLimits.planned(context.provenance),
                 samples_per_shard=context.provenance["samples_per_shard"],
+                # an audit that an earlier version planned has none
+                tokens_per_shard=context.provenance.get("tokens_per_shard"),
             )
         if position < len(self._shards):
             files = context.artifacts
