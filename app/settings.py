@@ -122,6 +122,12 @@ class Settings(BaseSettings):
         description="Files that a killed process left are removed after this long; longer than any "
         "upload or stage goes without writing.",
     )
+    straggler_seconds: float = Field(
+        10,
+        ge=0,
+        description="A shard that takes twice as long as the others of its stage did, and longer "
+        "than this, is given to an idle worker too; 0 for never.",
+    )
     max_attempts: int = Field(3, ge=1, description="Tries of one unit before its audit fails.")
     worker_stale_seconds: float = Field(
         60, gt=0, description="A worker that was silent for this long counts as gone."

@@ -94,7 +94,13 @@ def run_unit(self: object, unit_id: str) -> None:
         # sent by a version that had other queues; this worker may lack the network, or the GPU
         send_units(engine, celery, [unit_id])
         return
-    claim = claim_in_turn(engine, unit_id, owner=_owner(), lease_seconds=settings.lease_seconds)
+    claim = claim_in_turn(
+        engine,
+        unit_id,
+        owner=_owner(),
+        lease_seconds=settings.lease_seconds,
+        straggler_seconds=settings.straggler_seconds or None,
+    )
     if claim is None:
         log.info("nothing_to_claim", unit_id=unit_id)
         return
@@ -136,6 +142,7 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     with _span_of(claim), Hold(engine, settings, claim) as hold:
         _held.append(hold)
         try:
+            reach("unit.started", claim.stage)
             output = run_stage(engine, settings, claim, hold)
             with hold.silence(), transaction(engine) as session:
                 output.write(session)

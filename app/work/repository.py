@@ -1,8 +1,9 @@
 """The lease protocol in SQL: claim, renew, finish, release, fail (SERVICE.md, section 3).
 
 A claim raises the unit's epoch; everything a worker writes afterwards is fenced by that epoch, so
-a worker that lost its lease can change nothing. Attempts are counted when work begins, so a unit
-that kills its worker is tried a bounded number of times.
+a worker that lost its lease can change nothing. Only a unit that holds its stage back has two
+holders: the one before may still finish it, and do nothing else to it. Attempts are counted when
+work begins, so a unit that kills its worker is tried a bounded number of times.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from app.work.stages import (
     num_units,
 )
 from app.work.states import enter_ranking_state, enter_state, finish
+from app.work.stragglers import stragglers
 
 Owner = Audit | Ranking
 """Whose unit it is: an audit that runs, or a ranking of an audit that has ended."""
@@ -60,8 +62,24 @@ class Failure:
     field: str | None = None
 
 
-def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> Claim | None:
-    """Take a unit that is ready or whose lease has run out; None when there is nothing to take."""
+def claim(
+    engine: Engine,
+    unit_id: str,
+    *,
+    owner: str,
+    lease_seconds: float,
+    straggler_seconds: float | None = None,
+) -> Claim | None:
+    """Take a unit that is ready or whose lease has run out; None when there is nothing to take.
+
+    Args:
+        engine: the database.
+        unit_id: the unit.
+        owner: who takes it.
+        lease_seconds: for how long.
+        straggler_seconds: take a unit that somebody else has too, if it holds its stage back
+            (`stragglers`) and takes longer than this; None for never.
+    """
     with transaction(engine) as session:
         # Everywhere in this file the owner's row is locked before the unit's: no deadlocks.
         ids = select(WorkUnit.audit_id, WorkUnit.ranking_id).where(WorkUnit.id == unit_id)
@@ -70,17 +88,20 @@ def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> 
         if owner_row is None or owner_row.finished_at is not None or is_cancelling(owner_row):
             return None
         lease_is_over = WorkUnit.lease_until < func.now()
-        unit = session.scalars(
-            select(WorkUnit)
-            .where(WorkUnit.id == unit_id)
-            .where(
-                (WorkUnit.state == UnitState.READY)
-                | ((WorkUnit.state == UnitState.RUNNING) & lease_is_over)
-            )
-            .with_for_update()
-        ).one_or_none()
+        is_free = (WorkUnit.state == UnitState.READY) | (
+            (WorkUnit.state == UnitState.RUNNING) & lease_is_over
+        )
+        wanted = select(WorkUnit).where(WorkUnit.id == unit_id).with_for_update()
+        unit = session.scalars(wanted.where(is_free)).one_or_none()
+        is_copy = unit is None and straggler_seconds is not None
+        if is_copy:
+            slow = stragglers(least_seconds=straggler_seconds or 0.0, unit_id=unit_id)
+            of_another = wanted.where(WorkUnit.id.in_(slow), WorkUnit.owner != owner)
+            unit = session.scalars(of_another).one_or_none()
         if unit is None:
             return None
+        unit.slower_epoch = unit.epoch if is_copy else None
+        unit.slower_owner = unit.owner if is_copy else None
         unit.state = UnitState.RUNNING
         unit.epoch += 1
         unit.attempts += 1
@@ -131,6 +152,8 @@ def renew(
     with transaction(engine) as session:
         owner = locked_owner(session, held)
         unit = _held_unit(session, held)
+        if unit.epoch != held.epoch:  # the lease and the progress are the other holder's
+            return is_cancelling(owner)
         unit.lease_until = _lease_end(lease_seconds)
         unit.done = done
         unit.total = total
@@ -354,7 +377,8 @@ def _locked(session: Session, audit_id: str, ranking_id: str | None) -> Owner | 
 def _held_unit(session: Session, held: Claim) -> WorkUnit:
     unit = session.scalars(
         select(WorkUnit)
-        .where(WorkUnit.id == held.unit_id, WorkUnit.epoch == held.epoch)
+        .where(WorkUnit.id == held.unit_id)
+        .where((WorkUnit.epoch == held.epoch) | (WorkUnit.slower_epoch == held.epoch))
         .where(WorkUnit.state == UnitState.RUNNING)
         .with_for_update()
     ).one_or_none()
@@ -366,6 +390,9 @@ def _held_unit(session: Session, held: Claim) -> WorkUnit:
 
 def _leave(session: Session, held: Claim, *, state: UnitState) -> WorkUnit:
     unit = _held_unit(session, held)
+    if unit.epoch != held.epoch and state is not UnitState.DONE:
+        unit.slower_epoch = unit.slower_owner = None
+        raise LeaseLost(held.unit_id)  # the other holder goes on
     unit.state = state
     unit.owner = None
     unit.lease_until = None
