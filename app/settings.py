@@ -24,6 +24,11 @@ class Settings(BaseSettings):
         Path(".winnow"),
         description="Uploads, influence files and results; shared by the API and all workers.",
     )
+    artifacts: str | None = Field(
+        None,
+        description="A bucket, as s3://bucket/folder, that is shared in place of the data "
+        "directory, which is then each machine's own; the store is that of WINNOW_S3_ENDPOINT.",
+    )
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API listens on.")
     require_keys: bool = Field(
@@ -214,6 +219,16 @@ class Settings(BaseSettings):
     @classmethod
     def _plain_roots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(root.removeprefix("s3://").rstrip("/") for root in value)
+
+    @field_validator("artifacts", mode="after")
+    @classmethod
+    def _bucket(cls, value: str | None) -> str | None:
+        if not value:
+            return None
+        scheme, _, place = value.partition("://")
+        if scheme != "s3" or not place.strip("/"):
+            raise ValueError("is a bucket, as s3://bucket or s3://bucket/folder")
+        return place.strip("/")
 
     @field_validator("data_dir", mode="after")
     @classmethod

@@ -24,7 +24,7 @@ from app.settings import Settings
 from app.storage import WAITING, has_room
 from app.trail.models import TrailEntry
 from app.webhooks.models import WebhookDelivery
-from app.work.leftovers import remove_leftovers
+from app.work.leftovers import forget_copies, remove_leftovers
 from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
 from app.work.purging import expire_audits, sweep
 from app.work.repository import Failure, Owner, fail_owner, settle_cancel
@@ -218,6 +218,7 @@ class Reconciler(threading.Thread):
         while not is_over:
             try:
                 reconcile(self._engine, self._celery, self._settings)
+                forget_copies(self._settings)
             except Exception as error:  # noqa: BLE001  whatever it was, the promises need a next round
                 # The database may be restarting; the next round finds everything still there.
                 log.warning("reconcile_failed", error=str(error))

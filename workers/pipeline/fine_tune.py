@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
 from app.audits.schemas import FineTune
+from app.shared_files import publish_folder
 from workers.device import choose_device, device_name
 from workers.influence.errors import NoTrackedModules, UnsupportedModule
 from workers.influence.layers import ALL_LINEAR, find_block_stack, find_targets, is_linear_like
@@ -19,7 +20,7 @@ from workers.pipeline.artifacts import write_json
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import wishes_of
 from workers.pipeline.failures import AuditRefused
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.prepare import Prepared, fetch_model
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.splitting import is_trained_on
 from workers.pipeline.training import Diverged, Runner, Training, train
@@ -129,6 +130,7 @@ def adapted_model(prepared: Prepared, options: FineTune) -> PeftModel:
     Raises:
         AuditRefused: the adapters do not fit the model; names the field.
     """
+    fetch_model(prepared.model)
     base: Any = load_model(
         prepared.model, task=prepared.task, labels=prepared.labels, new_head_seed=options.seed
     ).model
@@ -192,3 +194,4 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
         except OSError:
             if not folder.is_dir():  # else another worker was first, with the same
                 raise
+    publish_folder(folder)

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from app.audits.automatic import needs_split
 from app.references import parse_model_reference
+from app.shared_files import fetch_folder, publish, publish_folder
 from app.version import VERSION
 from workers.pipeline.artifacts import read_json, sha256_of, write_json
 from workers.pipeline.context import StageContext, StageOutput
@@ -27,6 +28,7 @@ from workers.sources.errors import SourceError
 from workers.sources.libraries import Task
 from workers.sources.loading import longest_input
 from workers.sources.models import ResolvedModel, resolve_adapter, resolve_model
+from workers.sources.staging import LINKS
 from workers.sources.tokenizers import CHAT_DATE, load_tokenizer
 
 
@@ -119,6 +121,7 @@ def prepare(context: StageContext) -> StageOutput:
     request, artifacts = context.request, context.artifacts
     with context.hold.silence():
         sources = _resolve(context)
+        _publish(sources)
         train_file = _described(sources.train)
     classes: tuple[Label, ...] = ()
     if request.task == "classification":
@@ -195,6 +198,27 @@ def prepare(context: StageContext) -> StageOutput:
         },
         provenance=provenance,
     )
+
+
+def fetch_model(resolved: ResolvedModel) -> None:
+    """Bring a model and its adapter here, which another worker may have resolved.
+
+    Raises:
+        NotReady: they are shared by a bucket, which cannot be reached.
+    """
+    for folder in (resolved.path, resolved.adapter_path):
+        if folder is not None:
+            fetch_folder(folder)
+
+
+def _publish(sources: _Sources) -> None:
+    """Let other workers have the models, and the API the training file, for exports."""
+    folders = [sources.model.path, sources.model.adapter_path]
+    folders += [checkpoint.adapter_path for checkpoint in sources.checkpoints]
+    for folder in folders:
+        if folder is not None:
+            publish_folder(folder, once=True, without=frozenset({LINKS}))
+    publish(sources.train.path)
 
 
 def _described(table: Table) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from workers.pipeline.memory import (
     split_batches,
 )
 from workers.pipeline.pace import Pace
-from workers.pipeline.prepare import Prepared
+from workers.pipeline.prepare import Prepared, fetch_model
 from workers.pipeline.probe_samples import ProbeSet, read_probes
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.shards import Shard
@@ -152,6 +152,7 @@ def load_runtime(context: StageContext, *, checkpoint: int | None = None) -> Run
     prepared = Prepared.read(artifacts.prepared)
     resolved = replace(prepared.model, adapter_path=_adapter_path(context, prepared, checkpoint))
     with context.hold.silence():
+        fetch_model(resolved)
         loaded = load_model(resolved, task=request.task, labels=prepared.labels)
     train = SampleSet(artifacts.train)
     validation = SampleSet(artifacts.validation) if context.has_validation else None
