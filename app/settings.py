@@ -3,9 +3,9 @@
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AnyHttpUrl, Field, IPvAnyNetwork, SecretStr, field_validator
+from pydantic import AnyHttpUrl, Field, IPvAnyNetwork, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -234,6 +234,15 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.absolute()
+
+    @model_validator(mode="after")
+    def _files_are_nobodys(self) -> Self:
+        """Refuse a bucket for files that callers could read: all tenants' are in it."""
+        place = f"{self.artifacts}/"
+        for root in self.s3_roots if self.artifacts else ():
+            if place.startswith(f"{root}/") or f"{root}/".startswith(place):
+                raise ValueError(f"WINNOW_ARTIFACTS and {root} of WINNOW_S3_ROOTS overlap")
+        return self
 
     def require_database_url(self) -> str:
         """Return the database's address in SQLAlchemy's form.

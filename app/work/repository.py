@@ -140,8 +140,12 @@ def renew(
     done: int,
     total: int,
     samples_per_second: float | None = None,
+    report_seconds: float = 0.0,
 ) -> bool:
     """Extend a lease and report progress.
+
+    Within `report_seconds` of another report the audit's row is left alone: it is one for all
+    workers, and they would wait for each other there.
 
     Returns:
         Whether the caller has asked to cancel the audit.
@@ -150,14 +154,16 @@ def renew(
         LeaseLost: another worker has the unit, or its owner has ended or is gone.
     """
     with transaction(engine) as session:
-        owner = locked_owner(session, held)
+        told = _told_of(session, held, report_seconds)
+        owner = told or locked_owner(session, held)
         unit = _held_unit(session, held)
-        if unit.epoch != held.epoch:  # the lease and the progress are the other holder's
+        if unit.epoch == held.epoch:  # else lease and progress are the other holder's
+            unit.lease_until = _lease_end(lease_seconds)
+            unit.done = done
+            unit.total = total
+            unit.samples_per_second = samples_per_second
+        if told is not None or unit.epoch != held.epoch:
             return is_cancelling(owner)
-        unit.lease_until = _lease_end(lease_seconds)
-        unit.done = done
-        unit.total = total
-        unit.samples_per_second = samples_per_second
         if isinstance(owner, Ranking):
             owner.progress = max(owner.progress, min(1.0, done / max(total, 1)))
             owner.version += 1
@@ -363,6 +369,14 @@ def locked_owner(session: Session, held: Claim) -> Owner:
     if owner is None:
         raise LeaseLost(held.unit_id)
     return owner
+
+
+def _told_of(session: Session, held: Claim, seconds: float) -> Audit | None:
+    """Return an audit's row, not locked, if its progress was told so many seconds ago or less."""
+    if not seconds or held.ranking_id is not None:
+        return None
+    lately = Audit.busy_until > func.now() - timedelta(seconds=seconds)
+    return session.scalars(select(Audit).where(Audit.id == held.audit_id, lately)).one_or_none()
 
 
 def _locked(session: Session, audit_id: str, ranking_id: str | None) -> Owner | None:

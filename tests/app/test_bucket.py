@@ -146,3 +146,11 @@ def test_a_setting_that_names_no_bucket_is_refused(value: str) -> None:
         Settings(artifacts=value)
     assert Settings(artifacts="").artifacts is None
     assert Settings(artifacts="s3://bucket/a/b/").artifacts == "bucket/a/b"
+
+
+@pytest.mark.parametrize("root", ["bucket", "bucket/files", "bucket/files/audits"])
+def test_what_callers_may_read_is_no_place_for_files(root: str) -> None:
+    """All tenants' files are there."""
+    with pytest.raises(ValueError, match="overlap"):
+        Settings(artifacts="s3://bucket/files", s3_roots=(root,))
+    assert Settings(artifacts="s3://bucket/files", s3_roots=("bucket/sets", "bucket/files-2"))

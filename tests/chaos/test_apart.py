@@ -55,7 +55,8 @@ def machines(tmp_path_factory: pytest.TempPathFactory, files: Path) -> Iterator[
     folder = tmp_path_factory.mktemp("apart")
     with moto_bucket() as bucket:
         settings = HASTY | bucket.environment | {"WINNOW_STRAGGLER_SECONDS": "1"}
-        settings |= {"WINNOW_SAMPLES_PER_SHARD": "6", "WINNOW_LEASE_SECONDS": "10"}
+        settings |= {"WINNOW_LEASE_SECONDS": "10", "WINNOW_LEFTOVER_SECONDS": "600"}
+        settings |= {"WINNOW_SAMPLES_PER_SHARD": "6"}
         own = [folder / "one", folder / "other"]
         with running(
             folder, data_dir=folder / "api", files=files, settings=settings, worker_dirs=own

@@ -96,12 +96,19 @@ class Leases(RuleBasedStateMachine):
             self.claims.append(claim)
 
     @precondition(lambda self: self.claims)
-    @rule(number=pick, done=st.integers(0, 10))
-    def renew(self, number: int, done: int) -> None:
+    @rule(number=pick, done=st.integers(0, 10), report_seconds=st.sampled_from([0.0, 60.0]))
+    def renew(self, number: int, done: int, report_seconds: float) -> None:
         claim = self.claims[number % len(self.claims)]
         stands = self.is_holder(claim)
         try:
-            work.renew(self.engine, claim, lease_seconds=3600, done=done, total=10)
+            work.renew(
+                self.engine,
+                claim,
+                lease_seconds=3600,
+                done=done,
+                total=10,
+                report_seconds=report_seconds,
+            )
         except LeaseLost:
             assert not stands
         else:
