@@ -7,7 +7,8 @@ of life wait for each other at the audit's row in the database; files share one 
 
 The constants are measured in the same run: calls of the database with some thousand units
 (`benchmarks.claims`), and an audit of MiniLM with LoRA by one worker with one thread: its
-gradients, the bytes that it leaves, and what it takes to prepare and to rank. Two are assumed: a
+gradients, the bytes that it leaves, and what it takes to prepare and to rank, all in seconds of
+the processor. Two are assumed: a
 store of 1 GB/s, and by --samples-per-second what a worker with a GPU does.
 
     .venv/bin/python -m benchmarks.simulation [--samples-per-second 2000]
@@ -18,6 +19,8 @@ import heapq
 import itertools
 import math
 import random
+import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,9 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from app.audits.folders import audit_folder
+from app.work.models import Stage
 from benchmarks import claims, memory
 from benchmarks.gradients import load_samples
 from benchmarks.local_worker import local_worker
+from workers.lease import REPORTS_PER_HEARTBEAT
 from workers.pipeline.pace import plan_tokens
 
 SAMPLES = (10**6, 10**7, 10**8, 10**9)
@@ -47,9 +52,10 @@ class Constants:
         shard_seconds: how long a shard shall take.
         bytes_per_sample: of the files that the gradient stage leaves.
         bytes_per_second: of the store, all workers together.
-        call_seconds: of the database, for a claim, a sign of life or an end each, without units.
+        call_seconds: of the database, for a claim, a report or an end each, without units.
         call_seconds_per_unit: and for each unit of the stage, which they count.
-        heartbeat_seconds: between two signs of life of a worker.
+        beat_seconds: of a sign of life without a report.
+        heartbeat_seconds: between two signs of life of a worker; a third of it between reports.
         serial_seconds_per_sample: of one worker: to prepare a sample before, and to score it after.
     """
 
@@ -60,6 +66,7 @@ class Constants:
     bytes_per_second: float = math.inf
     call_seconds: float = 0.0
     call_seconds_per_unit: float = 0.0
+    beat_seconds: float = 0.0
     heartbeat_seconds: float = 3.0
     serial_seconds_per_sample: float = 0.0
 
@@ -117,7 +124,9 @@ def simulate(constants: Constants, *, num_samples: int, num_workers: int, seed: 
     units = num_units(constants, num_samples, num_workers)
     computing = num_samples / constants.samples_per_second / units
     call = constants.call_seconds + units * constants.call_seconds_per_unit
-    beating = min(num_workers, units) * call / constants.heartbeat_seconds
+    reports = min(num_workers, units, REPORTS_PER_HEARTBEAT) / constants.heartbeat_seconds
+    beats = min(num_workers, units) / constants.heartbeat_seconds - reports
+    beating = reports * call + beats * constants.beat_seconds
     database = Queue(slowness=1 / max(1e-3, 1 - beating))  # what signs of life leave of it
     store = Queue()
     put = num_samples * constants.bytes_per_sample / units / constants.bytes_per_second
@@ -173,10 +182,19 @@ def measured() -> Constants:
     with local_worker(torch_threads=1) as worker:
         memory.write_adapter(worker.folder / "adapter")
         tables, first = {}, 0
-        for name, count in (("train", "num_train"), ("validation", "num_validation")):
-            rows = slice(first, first + MEASURED[count])
+        for name, number in (("train", "num_train"), ("validation", "num_validation")):
+            rows = slice(first, first + MEASURED[number])
             tables[name] = worker.table(name, {"text": texts[rows], "label": labels[rows]})
-            first += MEASURED[count]
+            first += MEASURED[number]
+        seconds: dict[Stage, float] = defaultdict(float)
+        before = time.process_time()
+
+        def count(stage: Stage) -> None:
+            nonlocal before
+            now = time.process_time()
+            seconds[stage] += now - before
+            before = now
+
         audit = worker.run(
             {
                 "model": {
@@ -188,20 +206,21 @@ def measured() -> Constants:
                 "ranking": {"estimator": "grad_cosine", "layers": "all", "aggregation": "rank"},
                 "flag": {"fraction": 0.1},
                 "max_tokens": 64,
-            }
+            },
+            after_unit=count,
         )
         folder = audit_folder(worker.settings.data_dir, audit.id)
         parts = [*(folder / "influence").rglob("*.*"), *(folder / "facts").rglob("*.*")]
         num_bytes = sum(path.stat().st_size for path in parts)
     num_train = MEASURED["num_train"]
     return Constants(
-        samples_per_second=num_train / audit.timings["gradients"],
+        samples_per_second=num_train / seconds[Stage.GRADIENTS],
         bytes_per_sample=num_bytes / num_train,
         bytes_per_second=STORE_BYTES_PER_SECOND,
         call_seconds=max(0.0, calls[0] - few.units * per_unit),
         call_seconds_per_unit=per_unit,
-        serial_seconds_per_sample=(audit.timings["prepare"] + audit.timings["aggregate"])
-        / num_train,
+        beat_seconds=few.beat,
+        serial_seconds_per_sample=(seconds[Stage.PREPARE] + seconds[Stage.AGGREGATE]) / num_train,
     )
 
 

@@ -1,6 +1,7 @@
 """The simulation of many workers, where what comes out can be said by a formula."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -58,10 +59,11 @@ def test_a_slow_database_is_what_is_waited_for() -> None:
 
 
 def test_signs_of_life_alone_can_fill_the_database() -> None:
-    """1,000 workers that each need 10 ms every 3 s are more than it has."""
-    constants = Constants(100.0, call_seconds=0.01)
+    """1,000 workers that need 10 ms every 3 s are more than it has; one report a second is not."""
+    constants = Constants(100.0, call_seconds=0.01, beat_seconds=0.01)
     assert run(constants, workers=100, samples=10**7).database < 0.5
     assert run(constants, workers=1000, samples=10**7).database > 3
+    assert run(replace(constants, beat_seconds=0.0), workers=1000, samples=10**7).database < 1
 
 
 def test_shards_are_cut_as_the_service_cuts_them() -> None:
