@@ -228,8 +228,9 @@ def main() -> None:
     """Measure, simulate and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples-per-second", type=float, help="Of a worker; else measured.")
+    parser.add_argument("--heartbeat-seconds", type=float, default=3.0)
     options = parser.parse_args()
-    constants = measured()
+    constants = replace(measured(), heartbeat_seconds=options.heartbeat_seconds)
     print(constants)
     if options.samples_per_second:
         constants = replace(constants, samples_per_second=options.samples_per_second)
@@ -249,14 +250,15 @@ def print_table(constants: Constants, samples: Sequence[int], workers: Sequence[
             f"{num_samples:.0e}",
             f"{num_workers:,}",
             f"{found.num_units:,}",
-            f"{found.stage_seconds / 3600:.2f}",
+            # a queue that only grows comes to no end, and a simulation of it says no time
+            f"{found.stage_seconds / 3600:.2f}" if found.database <= 1 else "never",
             f"{found.efficiency:.2f}",
             f"{found.database:.2f}",
             f"{found.store:.2f}",
             f"{found.serial_seconds / 3600:.2f}",
             found.limit,
         )
-    Console(width=120).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
