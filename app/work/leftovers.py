@@ -29,6 +29,8 @@ TEMPORARY = "*.partial"
 _FOLDERS = ("audits", "datasets", "cache")
 MAX_PER_ROUND = 100
 COPIES_KEPT_SECONDS = 24 * 3600.0
+COPIES_LOOKED_AT_SECONDS = 3600.0
+LOOKED_THROUGH = ".copies"
 
 log = structlog.get_logger()
 
@@ -76,12 +78,18 @@ def _is_there(session: Session, thing_id: str) -> bool:
 def forget_copies(settings: Settings) -> list[Path]:
     """Remove copies of audits that nothing was written of for a day, where all have a bucket.
 
+    They are looked through once an hour.
+
     Returns:
         The folders that are gone.
     """
+    mark, now = settings.data_dir / LOOKED_THROUGH, time.time()
     if settings.artifacts is None:
         return []
-    before = time.time() - COPIES_KEPT_SECONDS
+    if mark.exists() and now - mark.stat().st_mtime < COPIES_LOOKED_AT_SECONDS:
+        return []
+    mark.touch()
+    before = now - COPIES_KEPT_SECONDS
     old = [
         folder
         for folder in (settings.data_dir / "audits").glob("*")
