@@ -20,7 +20,7 @@ from app.jobs import QUEUE_NAME
 from app.work.models import WorkerHeartbeat
 
 SHARDS_PER_WORKER = 4
-"""So many at least, for the workers that there are: the last of them to end waits for little."""
+"""So many at least, where there are several workers: who is done first waits for little."""
 LEAST_SECONDS = 5.0
 """A shard takes at least so long, however small the audit: claiming and loading cost a part."""
 MAX_SHARDS = 20_000
@@ -57,9 +57,10 @@ def plan_tokens(
         shard_seconds: how long a shard shall take.
         num_workers: that share the work.
     """
-    whole = num_tokens / tokens_per_second
-    fair = whole / (SHARDS_PER_WORKER * max(1, num_workers))
-    seconds = min(shard_seconds, max(LEAST_SECONDS, fair))
+    seconds = shard_seconds
+    if num_workers > 1:
+        fair = num_tokens / tokens_per_second / (SHARDS_PER_WORKER * num_workers)
+        seconds = min(shard_seconds, max(LEAST_SECONDS, fair))
     return max(1, math.ceil(max(seconds * tokens_per_second, num_tokens / MAX_SHARDS)))
 
 
