@@ -66,6 +66,11 @@ def back_up(engine: Engine, settings: Settings, target: Path, *, with_cache: boo
     Raises:
         BackupRefused: the folder holds something, or pg_dump does not succeed.
     """
+    if settings.artifacts is not None:
+        raise BackupRefused(
+            "Files are in a bucket (WINNOW_ARTIFACTS), which the store keeps copies of by its own "
+            "means, such as versions of objects. Take the database's copy with pg_dump."
+        )
     if target.exists() and any(target.iterdir()):
         raise BackupRefused(f"{target} is not empty. Name a folder for this backup alone.")
     target.mkdir(parents=True, exist_ok=True)

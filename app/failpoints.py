@@ -8,12 +8,14 @@ narrowed: `<point>@<detail>:<action>:<anything>` waits for that detail alone.
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import structlog
 
 VARIABLE = "WINNOW_FAILPOINTS"
 TAKEN = "taken"
+DAWDLE_SECONDS = 20.0
 
 _FOLDER = os.environ.get(VARIABLE)
 
@@ -48,5 +50,7 @@ def _act(action: str) -> None:
             os.kill(os.getppid(), signal.SIGKILL)
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        case "dawdle":
+            time.sleep(DAWDLE_SECONDS)
         case _:
             raise ValueError(f"There is no action {action!r} at a failpoint.")

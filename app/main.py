@@ -38,6 +38,7 @@ from app.metrics.registry import Metrics
 from app.metrics.requests import RequestMetrics
 from app.middleware import BodyLimit, LoopbackOnly, RequestContext
 from app.settings import Settings
+from app.shared_files import share_files
 from app.tracing import of_requests, start_tracing, stop_tracing
 from app.trail import routes as trail_routes
 from app.version import VERSION
@@ -94,6 +95,7 @@ def create_app(
     """
     the_engine = engine or make_engine(settings.require_database_url())
     the_celery = celery or make_celery(settings)
+    share_files(settings)
 
     @asynccontextmanager
     async def lifespan(_api: FastAPI) -> AsyncIterator[None]:

@@ -3,9 +3,9 @@
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AnyHttpUrl, Field, IPvAnyNetwork, SecretStr, field_validator
+from pydantic import AnyHttpUrl, Field, IPvAnyNetwork, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -23,6 +23,11 @@ class Settings(BaseSettings):
     data_dir: Path = Field(
         Path(".winnow"),
         description="Uploads, influence files and results; shared by the API and all workers.",
+    )
+    artifacts: str | None = Field(
+        None,
+        description="A bucket, as s3://bucket/folder, that is shared in place of the data "
+        "directory, which is then each machine's own; the store is that of WINNOW_S3_ENDPOINT.",
     )
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API listens on.")
@@ -122,12 +127,27 @@ class Settings(BaseSettings):
         description="Files that a killed process left are removed after this long; longer than any "
         "upload or stage goes without writing.",
     )
+    straggler_seconds: float = Field(
+        10,
+        ge=0,
+        description="A shard that takes twice as long as the others of its stage did, and longer "
+        "than this, is given to an idle worker too; 0 for never.",
+    )
     max_attempts: int = Field(3, ge=1, description="Tries of one unit before its audit fails.")
     worker_stale_seconds: float = Field(
         60, gt=0, description="A worker that was silent for this long counts as gone."
     )
 
-    samples_per_shard: int = Field(1000, ge=1, description="Training samples in one shard.")
+    shard_seconds: float = Field(
+        45,
+        gt=0,
+        description="How long a shard of an audit shall take, at the speed that is measured.",
+    )
+    samples_per_shard: int = Field(
+        0,
+        ge=0,
+        description="Training samples in one shard; 0 for as many as WINNOW_SHARD_SECONDS is for.",
+    )
     tokens_per_batch: int = Field(
         4096, ge=16, description="Padded tokens in one gradient batch; halved when memory is short."
     )
@@ -205,10 +225,29 @@ class Settings(BaseSettings):
     def _plain_roots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(root.removeprefix("s3://").rstrip("/") for root in value)
 
+    @field_validator("artifacts", mode="after")
+    @classmethod
+    def _bucket(cls, value: str | None) -> str | None:
+        if not value:
+            return None
+        scheme, _, place = value.partition("://")
+        if scheme != "s3" or not place.strip("/"):
+            raise ValueError("is a bucket, as s3://bucket or s3://bucket/folder")
+        return place.strip("/")
+
     @field_validator("data_dir", mode="after")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.absolute()
+
+    @model_validator(mode="after")
+    def _files_are_nobodys(self) -> Self:
+        """Refuse a bucket for files that callers could read: all tenants' are in it."""
+        place = f"{self.artifacts}/"
+        for root in self.s3_roots if self.artifacts else ():
+            if place.startswith(f"{root}/") or f"{root}/".startswith(place):
+                raise ValueError(f"WINNOW_ARTIFACTS and {root} of WINNOW_S3_ROOTS overlap")
+        return self
 
     def require_database_url(self) -> str:
         """Return the database's address in SQLAlchemy's form.

@@ -33,6 +33,7 @@ from app.migrate import MigrationBlocked
 from app.migrate import migrate as upgrade
 from app.server import RefusedToStart, open_socket, run_api
 from app.settings import MissingSetting, Settings, get_settings
+from app.shared_files import share_files
 from app.work import purging
 from app.work.models import WorkerHeartbeat
 from app.work.purging import Purged
@@ -242,6 +243,7 @@ def _settings(**options: Any) -> Settings:
 def _database(data_dir: Path | None, *, migrated: bool = True) -> Iterator[tuple[Engine, Settings]]:
     """Connect to the database of the settings, or else to the embedded one, running or not."""
     settings = _settings(data_dir=data_dir)
+    share_files(settings)
     with ExitStack() as stack:
         if settings.database_url is None:
             url = stack.enter_context(embedded_postgres(settings.data_dir))

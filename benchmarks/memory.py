@@ -141,10 +141,8 @@ def run_audit(folder: Path) -> Measured:
     return Measured(peaks.by_stage, max(disk), audit.provenance["estimate"])
 
 
-def minilm_request(
-    folder: Path, *, num_train: int | None = None, characters: int = 200
-) -> dict[str, Any]:
-    """Write a LoRA adapter with a head, as a fine-tuning run leaves it, and tables of reviews."""
+def write_adapter(folder: Path) -> None:
+    """Save a LoRA adapter with a head, as a fine-tuning run leaves it."""
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=2)
     options = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
@@ -153,7 +151,14 @@ def minilm_request(
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.05)
-    adapted.save_pretrained(folder / "adapter")
+    adapted.save_pretrained(folder)
+
+
+def minilm_request(
+    folder: Path, *, num_train: int | None = None, characters: int = 200
+) -> dict[str, Any]:
+    """Write an adapter and tables of reviews."""
+    write_adapter(folder / "adapter")
     with REVIEWS.open(newline="") as file:
         rows = [(row["text"][:characters], int(row["label"])) for row in csv.DictReader(file)]
     random.Random(0).shuffle(rows)

@@ -18,6 +18,7 @@ from app.db import make_engine, transaction
 from app.jobs import QUEUES, make_celery
 from app.logs import configure_logging
 from app.settings import Settings, get_settings
+from app.shared_files import share_files
 from app.version import VERSION
 from app.work.models import SIGN_OF_LIFE_SECONDS, WorkerHeartbeat
 from app.work.reconciler import Reconciler
@@ -45,6 +46,7 @@ def run_worker(queues: Sequence[str] = QUEUES) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     settings = get_settings()
     configure_logging(settings.log_format)
+    share_files(settings)
     celery = make_worker_celery(settings)
     engine = make_engine(settings.require_database_url())
     name = f"{socket.gethostname()}:{os.getpid()}"

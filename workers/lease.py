@@ -25,6 +25,7 @@ from app.work.repository import Claim, LeaseLost
 log = structlog.get_logger()
 
 HUNG_EXIT_CODE = 70
+REPORTS_PER_HEARTBEAT = 3  # of all workers of an audit together: its row is one
 
 
 class Stopped(Exception):
@@ -149,6 +150,7 @@ class Hold:
                 done=self._done,
                 total=self._total,
                 samples_per_second=self._samples_per_second(),
+                report_seconds=self._settings.heartbeat_seconds / REPORTS_PER_HEARTBEAT,
             )
         except LeaseLost:
             self._stop_reason = HoldLost

@@ -14,10 +14,12 @@ from celery.signals import setup_logging, worker_process_init, worker_process_sh
 from sqlalchemy import Engine, select
 
 from app.db import make_engine, transaction
+from app.errors import NotReady
 from app.failpoints import reach
 from app.jobs import QUEUES, TASK_NAME, queue_of, send_units
 from app.logs import configure_logging
 from app.settings import Settings, get_settings
+from app.shared_files import share_files
 from app.storage import WAITING, is_disk_full
 from app.tracing import note_failure, span, start_tracing, stop_tracing
 from app.work import repository as work
@@ -94,7 +96,13 @@ def run_unit(self: object, unit_id: str) -> None:
         # sent by a version that had other queues; this worker may lack the network, or the GPU
         send_units(engine, celery, [unit_id])
         return
-    claim = claim_in_turn(engine, unit_id, owner=_owner(), lease_seconds=settings.lease_seconds)
+    claim = claim_in_turn(
+        engine,
+        unit_id,
+        owner=_owner(),
+        lease_seconds=settings.lease_seconds,
+        straggler_seconds=settings.straggler_seconds or None,
+    )
     if claim is None:
         log.info("nothing_to_claim", unit_id=unit_id)
         return
@@ -132,10 +140,12 @@ def execute(engine: Engine, settings: Settings, claim: Claim) -> list[str]:
     from workers.pipeline.rank import remove_if_deleted
     from workers.pipeline.run import run_stage
 
+    share_files(settings)
     log.info("unit_started")
     with _span_of(claim), Hold(engine, settings, claim) as hold:
         _held.append(hold)
         try:
+            reach("unit.started", claim.stage)
             output = run_stage(engine, settings, claim, hold)
             with hold.silence(), transaction(engine) as session:
                 output.write(session)
@@ -169,9 +179,10 @@ def _leave_failed(engine: Engine, settings: Settings, claim: Claim, error: Excep
 
     failure = failure_of(error)
     note_failure(failure.code)
-    if is_disk_full(error):
+    reason = _waits_for_storage(error)
+    if reason is not None:
         log.error("unit_waits_for_storage", exc_info=error)
-        work.release(engine, claim, reason="the disk is full", count_attempt=False, waiting=WAITING)
+        work.release(engine, claim, reason=reason, count_attempt=False, waiting=WAITING)
     elif is_worth_retrying(error) and claim.attempts < settings.max_attempts:
         log.error("unit_failed_will_retry", code=failure.code, exc_info=error)
         work.release(engine, claim, reason=failure.message)
@@ -181,6 +192,13 @@ def _leave_failed(engine: Engine, settings: Settings, claim: Claim, error: Excep
         if failure.code == INTERNAL_ERROR:
             failure = _naming_part(failure, claim)
         work.fail(engine, claim, failure)
+
+
+def _waits_for_storage(error: Exception) -> str | None:
+    """Return why a unit can go on once files can be written and read; None where it is not that."""
+    if isinstance(error, NotReady):
+        return error.detail
+    return "the disk is full" if is_disk_full(error) else None
 
 
 def _span_of(claim: Claim) -> AbstractContextManager[object]:

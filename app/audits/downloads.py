@@ -11,6 +11,7 @@ from app.audits.assemble import ranking_path
 from app.audits.models import Ranking
 from app.conditional import entity_tag, is_unchanged
 from app.errors import NotFound, RangeNotSatisfiable
+from app.shared_files import fetch_once
 
 MEDIA_TYPES: dict[FileFormat, str] = {
     "parquet": "application/vnd.apache.parquet",
@@ -54,7 +55,7 @@ def ranking_file(
     if is_unchanged(if_none_match, etag):
         return Response(status_code=304, headers=headers)
     path = folder / ranking.folder / f"suspects.{file_format}"
-    if not path.is_file():
+    if not fetch_once(path):
         raise NotFound(
             "The file is gone from the server's data directory. The ranking is still there, page "
             f"by page: GET {ranking_path(ranking, 'suspects')}."

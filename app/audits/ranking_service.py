@@ -1,6 +1,5 @@
 """Rankings that are asked when an audit has ended: ask, look at, remove."""
 
-import shutil
 from dataclasses import dataclass
 from datetime import UTC
 
@@ -22,6 +21,7 @@ from app.errors import Conflict, FieldConflict, InvalidRequest, NotFound
 from app.failpoints import reach
 from app.limits.quotas import check_worker_time
 from app.settings import Settings
+from app.shared_files import remove_folder
 from app.storage import require_room
 from app.trail.service import TrailAction, record
 from app.work.leftovers import note_leftover
@@ -199,7 +199,7 @@ def delete(
         note_leftover(session, settings, folder)
         session.delete(ranking)
         record(session, TrailAction.RANKING_DELETE, ranking_id, tenant=tenant)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
     log.info("ranking_deleted", audit_id=audit_id, ranking_id=ranking_id)
 
 

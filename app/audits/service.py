@@ -1,7 +1,6 @@
 """Audits: submit, look at, cancel, remove."""
 
 import math
-import shutil
 from dataclasses import dataclass
 
 import structlog
@@ -21,6 +20,7 @@ from app.errors import AppError, Conflict, NotFound
 from app.failpoints import reach
 from app.limits.quotas import check_audits
 from app.settings import Settings
+from app.shared_files import remove_folder
 from app.storage import require_room
 from app.trail.service import TrailAction, record
 from app.work.leftovers import note_leftover
@@ -189,7 +189,7 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, audit_id: str) ->
         note_leftover(session, settings, audit_folder(settings.data_dir, audit_id))
         session.delete(audit)
         record(session, TrailAction.AUDIT_DELETE, audit_id, tenant=tenant)
-    shutil.rmtree(audit_folder(settings.data_dir, audit_id), ignore_errors=True)
+    remove_folder(audit_folder(settings.data_dir, audit_id))
     log.info("audit_deleted", audit_id=audit_id)
 
 

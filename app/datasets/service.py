@@ -33,6 +33,7 @@ from app.failpoints import reach
 from app.limits.quotas import check_room
 from app.references import UploadReference
 from app.settings import Settings
+from app.shared_files import publish, remove_folder
 from app.storage import require_room
 from app.trail.service import TrailAction, record
 from app.work.leftovers import note_leftover
@@ -140,6 +141,7 @@ def store_dataset(
     first = None
     try:
         _sync(final.parent.parent)
+        publish(final)
         with transaction(engine) as session:
             if call is not None and not call.claim(session, dataset_id):
                 first = _first_answer(session, call)
@@ -154,10 +156,10 @@ def store_dataset(
                 session.add(dataset)
                 record(session, TrailAction.DATASET_UPLOAD, dataset_id, tenant=tenant)
     except BaseException:
-        shutil.rmtree(final.parent, ignore_errors=True)
+        remove_folder(final.parent)
         raise
     if first is not None:
-        shutil.rmtree(final.parent, ignore_errors=True)
+        remove_folder(final.parent)
         return Storing(first, is_replay=True)
     log.info("dataset_stored", dataset_id=dataset_id, num_rows=summary.num_rows)
     return Storing(dataset, is_replay=False)
@@ -212,7 +214,7 @@ def delete_dataset(engine: Engine, settings: Settings, *, tenant: str, dataset_i
         note_leftover(session, settings, path.parent)
         session.delete(dataset)
         record(session, TrailAction.DATASET_DELETE, dataset_id, tenant=tenant)
-    shutil.rmtree(path.parent, ignore_errors=True)
+    remove_folder(path.parent)
     log.info("dataset_deleted", dataset_id=dataset_id)
 
 

@@ -1,6 +1,5 @@
 """Experiments: submit, look at, cancel, remove."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +24,7 @@ from app.experiments.schemas import ExperimentRequest
 from app.experiments.standing import Standing
 from app.limits.quotas import check_audits
 from app.settings import Settings
+from app.shared_files import remove_folder
 from app.storage import require_room
 from app.trail.service import TrailAction, record
 from app.work.leftovers import note_leftover
@@ -328,7 +328,7 @@ def delete(engine: Engine, settings: Settings, *, tenant: str, experiment_id: st
         session.delete(experiment)  # the database removes its audits with it
         record(session, TrailAction.EXPERIMENT_DELETE, experiment_id, tenant=tenant)
     for audit_id in audit_ids:
-        shutil.rmtree(audit_folder(settings.data_dir, audit_id), ignore_errors=True)
+        remove_folder(audit_folder(settings.data_dir, audit_id))
     log.info("experiment_deleted", experiment_id=experiment_id)
 
 

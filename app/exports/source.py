@@ -24,6 +24,7 @@ from app.references import (
     resolve_file,
 )
 from app.settings import Settings
+from app.shared_files import fetch_once
 
 _HEAD_BYTES = 512
 _SUFFIXES = {".csv", ".jsonl", ".ndjson", ".parquet"}
@@ -104,6 +105,7 @@ def open_unchanged(source: Source) -> tuple[BinaryIO, FileFormat]:
     Raises:
         Conflict: it is gone, or has changed.
     """
+    fetch_once(source.path)
     try:
         file = source.path.open("rb")
     except OSError as error:

@@ -18,12 +18,17 @@ MAX_RIVALS = 20
 
 
 def claim_in_turn(
-    engine: Engine, unit_id: str, *, owner: str, lease_seconds: float
+    engine: Engine,
+    unit_id: str,
+    *,
+    owner: str,
+    lease_seconds: float,
+    straggler_seconds: float | None = None,
 ) -> Claim | None:
     """Take the unit whose turn it is, of those that wait in the queue of the one that is named.
 
-    The named one is taken where none waits, which is when its lease has run out. None when there
-    is nothing to take.
+    The named one is taken where none waits, which is when its lease has run out, or when it holds
+    its stage back (`repository.claim`). None when there is nothing to take.
     """
     tried: list[str] = []
     while len(tried) < MAX_RIVALS:
@@ -34,7 +39,13 @@ def claim_in_turn(
         if held is not None:
             return held
         tried.append(following)  # another worker was quicker
-    return claim(engine, unit_id, owner=owner, lease_seconds=lease_seconds)
+    return claim(
+        engine,
+        unit_id,
+        owner=owner,
+        lease_seconds=lease_seconds,
+        straggler_seconds=straggler_seconds,
+    )
 
 
 def _next_unit(engine: Engine, unit_id: str, *, but: list[str]) -> str | None:

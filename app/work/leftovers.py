@@ -21,12 +21,16 @@ from app.audits.models import Audit, Ranking
 from app.datasets.models import Dataset
 from app.db import transaction
 from app.settings import Settings
+from app.shared_files import remove_folder
 from app.work.keeping import may_tidy
 from app.work.models import Leftover
 
 TEMPORARY = "*.partial"
 _FOLDERS = ("audits", "datasets", "cache")
 MAX_PER_ROUND = 100
+COPIES_KEPT_SECONDS = 24 * 3600.0
+COPIES_LOOKED_AT_SECONDS = 3600.0
+LOOKED_THROUGH = ".copies"
 
 log = structlog.get_logger()
 
@@ -54,12 +58,12 @@ def remove_leftovers(engine: Engine, settings: Settings) -> list[str]:
                 break
             is_needed = _is_there(session, Path(path).name)
             folder = settings.data_dir / path
-            if not is_needed and folder.exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                if folder.exists():
+            if not is_needed:
+                was_here = folder.exists()
+                if not remove_folder(folder):
                     log.error("leftover_not_removed", path=path)
                     continue
-                removed.append(path)
+                removed += [path] if was_here else []
             session.execute(delete(Leftover).where(Leftover.path == path))
     if removed:
         log.info("leftovers_removed", paths=removed)
@@ -69,6 +73,31 @@ def remove_leftovers(engine: Engine, settings: Settings) -> list[str]:
 def _is_there(session: Session, thing_id: str) -> bool:
     tables = (Audit, Ranking, Dataset)
     return any(session.get(table, thing_id) is not None for table in tables)
+
+
+def forget_copies(settings: Settings) -> list[Path]:
+    """Remove copies of audits that nothing was written of for a day, where all have a bucket.
+
+    They are looked through once an hour.
+
+    Returns:
+        The folders that are gone.
+    """
+    mark, now = settings.data_dir / LOOKED_THROUGH, time.time()
+    if settings.artifacts is None:
+        return []
+    if mark.exists() and now - mark.stat().st_mtime < COPIES_LOOKED_AT_SECONDS:
+        return []
+    mark.touch()
+    before = now - COPIES_KEPT_SECONDS
+    old = [
+        folder
+        for folder in (settings.data_dir / "audits").glob("*")
+        if last_written(folder) < before
+    ]
+    for folder in old:
+        shutil.rmtree(folder, ignore_errors=True)
+    return old
 
 
 def temporary_files(settings: Settings) -> Iterator[Path]:

@@ -68,6 +68,9 @@ class WorkUnit(Base):
     epoch: Mapped[int] = mapped_column(default=0)
     attempts: Mapped[int] = mapped_column(default=0)
     owner: Mapped[str | None]
+    # who had it before and goes on beside the owner; says nothing where it is not running
+    slower_epoch: Mapped[int | None]
+    slower_owner: Mapped[str | None]
     lease_until: Mapped[datetime | None]
     sent_at: Mapped[datetime | None]
     done: Mapped[int] = mapped_column(default=0)

@@ -18,6 +18,7 @@ from app.datasets.models import Dataset
 from app.db import transaction
 from app.experiments.models import Experiment
 from app.settings import Settings
+from app.shared_files import remove_folder
 from app.work.keeping import may_tidy
 from app.work.leftovers import last_written, temporary_files
 
@@ -155,6 +156,6 @@ def _delete(engine: Engine, settings: Settings, audit_id: str, days: float) -> l
             gone = list(session.scalars(of_it))
             session.execute(delete(Experiment).where(Experiment.id == audit.experiment_id))
     for one in gone:
-        shutil.rmtree(audit_folder(settings.data_dir, one), ignore_errors=True)
+        remove_folder(audit_folder(settings.data_dir, one))
     log.info("audits_expired", audit_ids=gone)
     return gone

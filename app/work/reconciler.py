@@ -24,11 +24,12 @@ from app.settings import Settings
 from app.storage import WAITING, has_room
 from app.trail.models import TrailEntry
 from app.webhooks.models import WebhookDelivery
-from app.work.leftovers import remove_leftovers
+from app.work.leftovers import forget_copies, remove_leftovers
 from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
 from app.work.purging import expire_audits, sweep
 from app.work.repository import Failure, Owner, fail_owner, settle_cancel
 from app.work.retention import expire_influence
+from app.work.stragglers import stragglers
 
 RECONCILER_LOCK = 0x77_69_6E_6F
 MAX_IDLE = "10s"
@@ -84,8 +85,9 @@ def _end_sessions_of_lost_workers(engine: Engine) -> None:
     """
     is_lost = (WorkUnit.state == UnitState.RUNNING) & (WorkUnit.lease_until < func.now())
     with transaction(engine) as session:
-        for owner in set(session.scalars(select(WorkUnit.owner).where(is_lost))):
-            ended = session.execute(_END_SESSIONS, {"name": session_name(owner or "")}).all()
+        found = session.execute(select(WorkUnit.owner, WorkUnit.slower_owner).where(is_lost))
+        for owner in {name for names in found for name in names if name is not None}:
+            ended = session.execute(_END_SESSIONS, {"name": session_name(owner)}).all()
             if ended:
                 log.warning("sessions_ended", owner=owner, count=len(ended))
 
@@ -167,7 +169,10 @@ def _forget_old_rows(session: Session, settings: Settings) -> None:
 
 
 def _owed_units(engine: Engine, celery: Celery, settings: Settings) -> list[str]:
-    """Return ready units that no message stands for: never sent, or sent and lost."""
+    """Return ready units that no message stands for: never sent, or sent and lost.
+
+    And those that hold their stage back, where nothing else waits for a worker.
+    """
     never_sent = WorkUnit.sent_at.is_(None)
     sent_long_ago = WorkUnit.sent_at < func.now() - timedelta(seconds=settings.reconcile_seconds)
     owed: list[str] = []
@@ -180,7 +185,12 @@ def _owed_units(engine: Engine, celery: Celery, settings: Settings) -> list[str]
                 .order_by(WorkUnit.id)
                 .limit(MAX_UNITS_PER_ROUND)
             )
-            if not session.scalars(ready.limit(1)).first():
+            slow: list[str] = []
+            if settings.straggler_seconds:
+                late = stragglers(least_seconds=settings.straggler_seconds)
+                late = late.where(WorkUnit.stage.in_(stages_of_queue(queue)))
+                slow = list(session.scalars(late.limit(MAX_UNITS_PER_ROUND)))
+            if not slow and not session.scalars(ready.limit(1)).first():
                 continue
             # Messages that still wait in the broker are not lost; only an empty queue proves it.
             try:
@@ -189,6 +199,7 @@ def _owed_units(engine: Engine, celery: Celery, settings: Settings) -> list[str]
                 return []
             is_owed = never_sent | sent_long_ago if is_drained else never_sent
             owed += session.scalars(ready.where(is_owed))
+            owed += slow if is_drained else []
     return owed
 
 
@@ -207,6 +218,7 @@ class Reconciler(threading.Thread):
         while not is_over:
             try:
                 reconcile(self._engine, self._celery, self._settings)
+                forget_copies(self._settings)
             except Exception as error:  # noqa: BLE001  whatever it was, the promises need a next round
                 # The database may be restarting; the next round finds everything still there.
                 log.warning("reconcile_failed", error=str(error))

@@ -1,8 +1,9 @@
 """The lease protocol in SQL: claim, renew, finish, release, fail (SERVICE.md, section 3).
 
 A claim raises the unit's epoch; everything a worker writes afterwards is fenced by that epoch, so
-a worker that lost its lease can change nothing. Attempts are counted when work begins, so a unit
-that kills its worker is tried a bounded number of times.
+a worker that lost its lease can change nothing. Only a unit that holds its stage back has two
+holders: the one before may still finish it, and do nothing else to it. Attempts are counted when
+work begins, so a unit that kills its worker is tried a bounded number of times.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from app.work.stages import (
     num_units,
 )
 from app.work.states import enter_ranking_state, enter_state, finish
+from app.work.stragglers import stragglers
 
 Owner = Audit | Ranking
 """Whose unit it is: an audit that runs, or a ranking of an audit that has ended."""
@@ -60,8 +62,24 @@ class Failure:
     field: str | None = None
 
 
-def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> Claim | None:
-    """Take a unit that is ready or whose lease has run out; None when there is nothing to take."""
+def claim(
+    engine: Engine,
+    unit_id: str,
+    *,
+    owner: str,
+    lease_seconds: float,
+    straggler_seconds: float | None = None,
+) -> Claim | None:
+    """Take a unit that is ready or whose lease has run out; None when there is nothing to take.
+
+    Args:
+        engine: the database.
+        unit_id: the unit.
+        owner: who takes it.
+        lease_seconds: for how long.
+        straggler_seconds: take a unit that somebody else has too, if it holds its stage back
+            (`stragglers`) and takes longer than this; None for never.
+    """
     with transaction(engine) as session:
         # Everywhere in this file the owner's row is locked before the unit's: no deadlocks.
         ids = select(WorkUnit.audit_id, WorkUnit.ranking_id).where(WorkUnit.id == unit_id)
@@ -70,17 +88,20 @@ def claim(engine: Engine, unit_id: str, *, owner: str, lease_seconds: float) -> 
         if owner_row is None or owner_row.finished_at is not None or is_cancelling(owner_row):
             return None
         lease_is_over = WorkUnit.lease_until < func.now()
-        unit = session.scalars(
-            select(WorkUnit)
-            .where(WorkUnit.id == unit_id)
-            .where(
-                (WorkUnit.state == UnitState.READY)
-                | ((WorkUnit.state == UnitState.RUNNING) & lease_is_over)
-            )
-            .with_for_update()
-        ).one_or_none()
+        is_free = (WorkUnit.state == UnitState.READY) | (
+            (WorkUnit.state == UnitState.RUNNING) & lease_is_over
+        )
+        wanted = select(WorkUnit).where(WorkUnit.id == unit_id).with_for_update()
+        unit = session.scalars(wanted.where(is_free)).one_or_none()
+        is_copy = unit is None and straggler_seconds is not None
+        if is_copy:
+            slow = stragglers(least_seconds=straggler_seconds or 0.0, unit_id=unit_id)
+            of_another = wanted.where(WorkUnit.id.in_(slow), WorkUnit.owner != owner)
+            unit = session.scalars(of_another).one_or_none()
         if unit is None:
             return None
+        unit.slower_epoch = unit.epoch if is_copy else None
+        unit.slower_owner = unit.owner if is_copy else None
         unit.state = UnitState.RUNNING
         unit.epoch += 1
         unit.attempts += 1
@@ -119,8 +140,12 @@ def renew(
     done: int,
     total: int,
     samples_per_second: float | None = None,
+    report_seconds: float = 0.0,
 ) -> bool:
     """Extend a lease and report progress.
+
+    Within `report_seconds` of another report the audit's row is left alone: it is one for all
+    workers, and they would wait for each other there.
 
     Returns:
         Whether the caller has asked to cancel the audit.
@@ -129,12 +154,16 @@ def renew(
         LeaseLost: another worker has the unit, or its owner has ended or is gone.
     """
     with transaction(engine) as session:
-        owner = locked_owner(session, held)
+        told = _told_of(session, held, report_seconds)
+        owner = told or locked_owner(session, held)
         unit = _held_unit(session, held)
-        unit.lease_until = _lease_end(lease_seconds)
-        unit.done = done
-        unit.total = total
-        unit.samples_per_second = samples_per_second
+        if unit.epoch == held.epoch:  # else lease and progress are the other holder's
+            unit.lease_until = _lease_end(lease_seconds)
+            unit.done = done
+            unit.total = total
+            unit.samples_per_second = samples_per_second
+        if told is not None or unit.epoch != held.epoch:
+            return is_cancelling(owner)
         if isinstance(owner, Ranking):
             owner.progress = max(owner.progress, min(1.0, done / max(total, 1)))
             owner.version += 1
@@ -342,6 +371,14 @@ def locked_owner(session: Session, held: Claim) -> Owner:
     return owner
 
 
+def _told_of(session: Session, held: Claim, seconds: float) -> Audit | None:
+    """Return an audit's row, not locked, if its progress was told so many seconds ago or less."""
+    if not seconds or held.ranking_id is not None:
+        return None
+    lately = Audit.busy_until > func.now() - timedelta(seconds=seconds)
+    return session.scalars(select(Audit).where(Audit.id == held.audit_id, lately)).one_or_none()
+
+
 def _locked(session: Session, audit_id: str, ranking_id: str | None) -> Owner | None:
     # FOR NO KEY UPDATE: heartbeats go on while a long COPY refers to the owner's row
     if ranking_id is None:
@@ -354,7 +391,8 @@ def _locked(session: Session, audit_id: str, ranking_id: str | None) -> Owner | 
 def _held_unit(session: Session, held: Claim) -> WorkUnit:
     unit = session.scalars(
         select(WorkUnit)
-        .where(WorkUnit.id == held.unit_id, WorkUnit.epoch == held.epoch)
+        .where(WorkUnit.id == held.unit_id)
+        .where((WorkUnit.epoch == held.epoch) | (WorkUnit.slower_epoch == held.epoch))
         .where(WorkUnit.state == UnitState.RUNNING)
         .with_for_update()
     ).one_or_none()
@@ -366,6 +404,9 @@ def _held_unit(session: Session, held: Claim) -> WorkUnit:
 
 def _leave(session: Session, held: Claim, *, state: UnitState) -> WorkUnit:
     unit = _held_unit(session, held)
+    if unit.epoch != held.epoch and state is not UnitState.DONE:
+        unit.slower_epoch = unit.slower_owner = None
+        raise LeaseLost(held.unit_id)  # the other holder goes on
     unit.state = state
     unit.owner = None
     unit.lease_until = None

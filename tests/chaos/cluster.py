@@ -116,7 +116,9 @@ class Cluster:
         files: Path,
         settings: Mapping[str, str] = HASTY,
         seed: int = 0,
+        worker_dirs: Sequence[Path] = (),
     ) -> None:
+        self._worker_dirs = worker_dirs or (data_dir, data_dir)
         self.folder, self.data_dir, self.files = folder, data_dir, files
         self._variables = settings
         self.log = folder / "cluster.log"
@@ -158,8 +160,13 @@ class Cluster:
         api = [*PYTHON, "app.server", str(handle)]
         self.api = Member("api", api, environment, self.log, keep_files=(handle,))
         self.workers = [
-            Member(f"worker-{place}", [*PYTHON, "app", "worker"], environment, self.log)
-            for place in range(2)
+            Member(
+                f"worker-{place}",
+                [*PYTHON, "app", "worker"],
+                {**environment, "WINNOW_DATA_DIR": str(of_worker)},
+                self.log,
+            )
+            for place, of_worker in enumerate(self._worker_dirs)
         ]
         self.members = [self.api, *self.workers]
         for member in self.members:
@@ -315,9 +322,17 @@ def running(
     files: Path,
     settings: Mapping[str, str] = HASTY,
     seed: int = 0,
+    worker_dirs: Sequence[Path] = (),
 ) -> Iterator[Cluster]:
-    """Run a cluster."""
-    cluster = Cluster(folder, data_dir=data_dir, files=files, settings=settings, seed=seed)
+    """Run a cluster; its workers share the API's data directory or have their own."""
+    cluster = Cluster(
+        folder,
+        data_dir=data_dir,
+        files=files,
+        settings=settings,
+        seed=seed,
+        worker_dirs=worker_dirs,
+    )
     with ExitStack() as stack:
         stack.callback(cluster.stop)
         cluster.start()

@@ -120,6 +120,35 @@ class TestRenew:
             work.request_cancel(session, work.locked_audit(session, audit.id))
         assert renew(engine, claim)
 
+    def test_it_leaves_the_audits_row_alone_where_another_worker_just_told(
+        self, engine: Engine
+    ) -> None:
+        """Of many workers few wait there; the lease is extended, and a cancel is heard of."""
+        audit = make_audit(engine)
+        claim = take_first(engine, audit)
+        told: dict[str, Any] = {"lease_seconds": 60, "done": 1, "total": 2, "report_seconds": 60}
+        renew(engine, claim, done=0)
+        outlive(engine)
+        before = now(engine, audit)
+        with transaction(engine) as session:
+            work.locked_audit(session, audit.id)
+            assert not work.renew(engine, claim, **told)
+        assert now(engine, audit).version == before.version
+        assert take(engine, claim.unit_id, "two") is None
+        (unit,) = units_of(engine, audit)
+        assert (unit.done, unit.total) == (1, 2)
+        with transaction(engine) as session:
+            work.request_cancel(session, work.locked_audit(session, audit.id))
+        assert work.renew(engine, claim, **told)
+
+    def test_it_tells_again_when_that_was_long_ago(self, engine: Engine) -> None:
+        audit = make_audit(engine)
+        claim = take_first(engine, audit)
+        with transaction(engine) as session:
+            session.get_one(Audit, audit.id).busy_until = long_ago()
+        work.renew(engine, claim, lease_seconds=60, done=1, total=2, report_seconds=60)
+        assert now(engine, audit).progress > 0
+
 
 class TestAZombie:
     """A worker that lost its lease, and does not know it, can change nothing."""

@@ -1,5 +1,8 @@
 """What a killed process leaves on disk is gone some time later, and nothing else is."""
 
+import os
+import time
+
 import pytest
 from celery import Celery
 from fastapi.testclient import TestClient
@@ -10,7 +13,7 @@ from app.audits.folders import audit_folder
 from app.audits.models import Ranking
 from app.db import transaction
 from app.settings import Settings
-from app.work.leftovers import note_leftover, remove_leftovers
+from app.work.leftovers import forget_copies, note_leftover, remove_leftovers
 from app.work.models import Leftover
 from app.work.purging import sweep
 from app.work.reconciler import reconcile
@@ -41,7 +44,7 @@ class TestFoldersOfThings:
         audit = make_finished_audit(engine, settings)
         folder = audit_folder(settings.data_dir, audit.id)
         with monkeypatch.context() as patch:  # the process dies before it removes the folder
-            patch.setattr("app.audits.service.shutil.rmtree", lambda *_, **__: None)
+            patch.setattr("app.audits.service.remove_folder", lambda _: None)
             assert client.delete(f"/v1/audits/{audit.id}").status_code == 204
         assert remove_leftovers(engine, settings) == []  # not before it is due
         assert folder.exists()
@@ -93,3 +96,18 @@ class TestFoldersOfThings:
         remove_leftovers(engine, settings)
         sweep(engine, settings)
         assert folder.exists()
+
+
+def test_old_copies_go_where_a_bucket_has_the_files(settings: Settings) -> None:
+    """Where the data directory is all there is, none is a copy."""
+    for name, age in (("old", 25), ("young", 23)):
+        file = settings.data_dir / "audits" / name / "facts" / "1"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        then = time.time() - age * 3600
+        for path in (file, file.parent, file.parent.parent):
+            os.utime(path, (then, then))
+    assert forget_copies(settings) == []
+    shared = settings.model_copy(update={"artifacts": "bucket"})
+    assert [path.name for path in forget_copies(shared)] == ["old"]
+    assert [path.name for path in (settings.data_dir / "audits").iterdir()] == ["young"]

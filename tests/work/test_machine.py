@@ -20,6 +20,7 @@ from app.db import Base, transaction
 from app.settings import Settings
 from app.storage import WAITING
 from app.work import repository as work
+from app.work import stragglers
 from app.work.models import Stage, UnitState, WorkUnit
 from app.work.reconciler import reconcile
 from app.work.repository import Claim, Failure, LeaseLost
@@ -74,26 +75,40 @@ class Leases(RuleBasedStateMachine):
     def is_holder(self, claim: Claim) -> bool:
         """Tell from the row alone whether a claim still stands."""
         found = [unit for unit in self.units() if unit.id == claim.unit_id]
-        return any(unit.state == UnitState.RUNNING and unit.epoch == claim.epoch for unit in found)
+        return any(
+            unit.state == UnitState.RUNNING and claim.epoch in {unit.epoch, unit.slower_epoch}
+            for unit in found
+        )
 
     @rule(number=pick)
     def claim(self, number: int) -> None:
         """A message comes: the first, one of several copies, or one that is long out of date."""
         units = self.units()
         unit = units[number % len(units)]
-        claim = work.claim(self.engine, unit.id, owner=str(number), lease_seconds=3600)
+        claim = work.claim(
+            self.engine, unit.id, owner=str(number), lease_seconds=3600, straggler_seconds=0.1
+        )
         if claim is not None:
-            assert unit.state == UnitState.READY or unit.lease_until == long_ago()
+            is_free = unit.state == UnitState.READY or unit.lease_until == long_ago()
+            is_slow = unit.started_at == long_ago() and unit.attempts == 1
+            assert is_free or is_slow
             assert claim.epoch == unit.epoch + 1
             self.claims.append(claim)
 
     @precondition(lambda self: self.claims)
-    @rule(number=pick, done=st.integers(0, 10))
-    def renew(self, number: int, done: int) -> None:
+    @rule(number=pick, done=st.integers(0, 10), report_seconds=st.sampled_from([0.0, 60.0]))
+    def renew(self, number: int, done: int, report_seconds: float) -> None:
         claim = self.claims[number % len(self.claims)]
         stands = self.is_holder(claim)
         try:
-            work.renew(self.engine, claim, lease_seconds=3600, done=done, total=10)
+            work.renew(
+                self.engine,
+                claim,
+                lease_seconds=3600,
+                done=done,
+                total=10,
+                report_seconds=report_seconds,
+            )
         except LeaseLost:
             assert not stands
         else:
@@ -152,6 +167,18 @@ class Leases(RuleBasedStateMachine):
                     update(WorkUnit)
                     .where(WorkUnit.id == running[number % len(running)])
                     .values(lease_until=long_ago())
+                )
+
+    @rule(number=pick)
+    def crawl(self, number: int) -> None:
+        """A shard takes far longer than the others did."""
+        running = [unit.id for unit in self.units() if unit.state == UnitState.RUNNING]
+        if running:
+            with transaction(self.engine) as session:
+                session.execute(
+                    update(WorkUnit)
+                    .where(WorkUnit.id == running[number % len(running)])
+                    .values(started_at=long_ago())
                 )
 
     @rule()
@@ -257,8 +284,13 @@ class Leases(RuleBasedStateMachine):
 
 @pytest.mark.timeout(300)
 def test_any_order_of_events_keeps_the_promises(
-    engine: Engine, celery: Celery, settings: Settings, broker: Redis
+    engine: Engine,
+    celery: Celery,
+    settings: Settings,
+    broker: Redis,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(stragglers, "LEAST_SIBLINGS", 1)
     parts = {"engine": engine, "celery": celery, "service": settings, "broker": broker}
     run_state_machine_as_test(type("Machine", (Leases,), parts), settings=EXAMPLES)
 

@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from app.audits.folders import audit_folder
 from app.audits.models import Ranking
 from app.failpoints import reach
+from app.shared_files import fetch, publish, remove_folder
 
 _NUMPY_DTYPES = {
     name: np.dtype(dtype)
@@ -127,17 +127,19 @@ class Artifacts:
 
     def remove_block(self, block: int) -> None:
         """Remove the gradients of one block of modules."""
-        shutil.rmtree(self._scratch / "blocks" / str(block), ignore_errors=True)
+        remove_folder(self._scratch / "blocks" / str(block))
 
     def remove_scratch(self) -> None:
         """Remove what only the passes over the gradients needed."""
         for scratch in (self._scratch, self.probes._scratch):  # noqa: SLF001 - ours
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_folder(scratch)
 
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes `path`, flushed to disk, when the block ends well.
+    """Yield a temporary path that becomes `path`, flushed to disk and published, at the end.
+
+    If the block raises, nothing becomes of it.
 
     Two workers that write the same artifact write the same bytes, so whoever is last is right.
     """
@@ -156,6 +158,7 @@ def atomically(path: Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+        publish(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -178,6 +181,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
+        fetch(path)
         # the format: length of the header, the header in JSON, the bytes of the tensors
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -234,6 +238,7 @@ class TensorFile:
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """Read the tensors of a file whose names begin with a prefix, by what follows it."""
+    fetch(path)
     with safe_open(path, framework="pt") as file:
         return {
             name.removeprefix(prefix): file.get_tensor(name)
@@ -250,6 +255,7 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> dict[str, object]:
     """Read a JSON object."""
+    fetch(path)
     value: dict[str, object] = orjson.loads(path.read_bytes())
     return value
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.shared_files import fetch
 from workers.influence.estimators.tracin import TracIn
 from workers.pipeline.artifacts import Artifacts, TensorFile, read_json, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
@@ -33,11 +34,11 @@ def compute_checkpoint(context: StageContext) -> StageOutput:
     checkpoint, number = divmod(context.claim.position, context.provenance["num_shards"])
     estimator = TracIn()
     target = artifacts.influence(estimator.name, number, checkpoint)
-    if target.exists():
+    if fetch(target):
         return StageOutput()
     runtime = load_runtime(context, checkpoint=checkpoint)
     path = artifacts.validation_gradients(checkpoint)
-    if not path.exists():
+    if not fetch(path):
         _write_validation(context, runtime, checkpoint)
     validation = runtime.validation_rows(path)
     weight = estimator.weights(learning_rates(context))[checkpoint]

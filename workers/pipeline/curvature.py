@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from app.shared_files import fetch
 from workers.influence.estimators import CurvatureEstimator, TrainingGradients
 from workers.influence.kronecker import KroneckerSums
 from workers.influence.layers import ModuleSpec
@@ -82,7 +83,7 @@ def curvature_estimators(context: StageContext) -> list[CurvatureEstimator]:
 def fit_curvature(context: StageContext) -> StageOutput:
     """Write every estimator's queries, float32 [V, d], of one block of modules."""
     artifacts, block = context.artifacts, context.claim.position
-    if artifacts.queries(block).exists():
+    if fetch(artifacts.queries(block)):
         return StageOutput()
     runtime = load_runtime(context)
     modules = planned_blocks(context, runtime)[block]
@@ -186,7 +187,7 @@ def _read_kronecker(shards: Sequence[Shard], module: int) -> KroneckerSums | Non
         path = shard.files.kronecker(shard.number)
         if not len(shard):
             continue
-        if not path.exists():
+        if not fetch(path):
             return None
         tensors = read_tensors(path, prefix=f"{module:05d}/")
         if not tensors:

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from app.shared_files import fetch
 from workers.influence.aggregation import lower_half
 from workers.pipeline.artifacts import read_tensors, write_tensors
 from workers.pipeline.confidence import OutOfSample, predict_out_of_sample
@@ -127,7 +128,7 @@ def _out_of_sample(
     if features is None or "features" not in validation_facts:
         return None
     path = context.artifacts.out_of_sample
-    if not path.exists():
+    if not fetch(path):
         found = predict_out_of_sample(
             features,
             train.label_T,

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
 from app.audits.schemas import FineTune
+from app.shared_files import publish_folder
 from workers.device import choose_device, device_name
 from workers.influence.errors import NoTrackedModules, UnsupportedModule
 from workers.influence.layers import ALL_LINEAR, find_block_stack, find_targets, is_linear_like
@@ -206,3 +207,4 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
         except OSError:
             if not folder.is_dir():  # else another worker was first, with the same
                 raise
+    publish_folder(folder)

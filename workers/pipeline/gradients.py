@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from app.shared_files import fetch
 from app.work.models import Stage
 from workers.influence.kronecker import KroneckerSums
 from workers.pipeline.artifacts import TensorFile, write_tensors
@@ -32,7 +33,7 @@ def compute_gradients(context: StageContext) -> StageOutput:
     shard = runtime.shard(context, position_of(context))
     files = shard.files
     # The facts are written last: where they are, a worker was here before and finished.
-    if files.facts(shard.number).exists():
+    if fetch(files.facts(shard.number)):
         return StageOutput()
     influence = ShardInfluence(context, runtime, num_samples=len(shard))
     kept = {
@@ -176,7 +177,7 @@ def keep_block(
     for position in range(num_shards):
         shard = runtime.shard(context, position)
         path = shard.files.block_gradients(block, shard.number)
-        if path.exists():
+        if fetch(path):
             continue
         context.hold.step(position, num_shards)
         num_samples = len(shard)

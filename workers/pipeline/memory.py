@@ -135,23 +135,37 @@ def plan_memory(
     return MemoryPlan(limits, shard, held)
 
 
-def plan_shards(length_T: Tensor, limits: BatchLimits, *, samples_per_shard: int) -> list[Tensor]:
+def plan_shards(
+    length_T: Tensor,
+    limits: BatchLimits,
+    *,
+    samples_per_shard: int,
+    tokens_per_shard: int | None = None,
+) -> list[Tensor]:
     """Cut the training set into shards: runs of whole batches of the length-sorted set.
 
     The batches are cut over the whole set first, so a sample's batch, and with it every bit of its
     gradient, does not depend on the number of shards.
 
+    Args:
+        length_T: the samples' numbers of tokens.
+        limits: of a batch.
+        samples_per_shard: most samples; a larger batch is a shard of its own.
+        tokens_per_shard: most tokens, likewise; shards of as many take about as long.
+
     Returns:
         For every shard the training indices of its samples, in batch order.
     """
     shards: list[list[Tensor]] = []
-    size = samples_per_shard
+    size = tokens = 0
     for batch in plan_batches(length_T, limits):
-        if size + len(batch) > samples_per_shard:
-            shards.append([])
-            size = 0
-        shards[-1].append(batch)
         size += len(batch)
+        tokens += int(length_T[batch].sum())
+        is_full = tokens_per_shard is not None and tokens > tokens_per_shard
+        if not shards or is_full or size > samples_per_shard:
+            shards.append([])
+            size, tokens = len(batch), int(length_T[batch].sum())
+        shards[-1].append(batch)
     return [torch.cat(batches) for batches in shards]
 
 

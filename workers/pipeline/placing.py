@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from app.shared_files import fetch_folder
 from workers.device import choose_device
 from workers.influence.layers import find_block_stack, is_linear_like
 from workers.influence.recomputing import recompute_blocks
@@ -40,6 +41,7 @@ def load_placed(
         AuditRefused: this worker cannot quantise.
         SourceError: the model cannot be loaded.
     """
+    fetch_model(resolved)
     placement = placement_of(context, prepared)
     return load_model(
         resolved,
@@ -50,6 +52,17 @@ def load_placed(
         dtype=DTYPES[context.request.precision] if placement.is_final else torch.float32,
         placement=placement,
     ).model
+
+
+def fetch_model(resolved: ResolvedModel) -> None:
+    """Bring a model and its adapter here, which another worker may have resolved.
+
+    Raises:
+        NotReady: they are shared by a bucket, which cannot be reached.
+    """
+    for folder in (resolved.path, resolved.adapter_path):
+        if folder is not None:
+            fetch_folder(folder)
 
 
 def placement_of(context: StageContext, prepared: Prepared) -> Placement:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from app.audits.automatic import needs_split
 from app.references import parse_model_reference
+from app.shared_files import publish, publish_folder
 from app.version import VERSION
 from workers.pipeline.artifacts import sha256_of
 from workers.pipeline.context import StageContext, StageOutput
@@ -27,6 +28,7 @@ from workers.pipeline.tokenise import TOKENISERS, RowTokeniser, TokenisedRows
 from workers.sources.errors import SourceError
 from workers.sources.loading import longest_input
 from workers.sources.models import ResolvedModel, resolve_adapter, resolve_model
+from workers.sources.staging import LINKS
 from workers.sources.tokenizers import CHAT_DATE, load_tokenizer
 
 
@@ -53,6 +55,7 @@ def prepare(context: StageContext) -> StageOutput:
     request, artifacts = context.request, context.artifacts
     with context.hold.silence():
         sources = _resolve(context)
+        _publish(sources)
         train_file = _described(sources.train)
     classes: tuple[Label, ...] = ()
     if request.task == "classification":
@@ -133,6 +136,16 @@ def prepare(context: StageContext) -> StageOutput:
         },
         provenance=provenance,
     )
+
+
+def _publish(sources: _Sources) -> None:
+    """Let other workers have the models, and the API the training file, for exports."""
+    folders = [sources.model.path, sources.model.adapter_path]
+    folders += [checkpoint.adapter_path for checkpoint in sources.checkpoints]
+    for folder in folders:
+        if folder is not None:
+            publish_folder(folder, once=True, without=frozenset({LINKS}))
+    publish(sources.train.path)
 
 
 def _described(table: Table) -> dict[str, Any]:

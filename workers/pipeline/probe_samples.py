@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.shared_files import fetch
 from workers.influence.batching import collate, completion_labels
 from workers.influence.probes import Probes, draw_completion_probes, draw_label_probes
 from workers.pipeline.artifacts import read_tensors, write_tensors
@@ -74,7 +75,7 @@ def read_probes(context: StageContext, train: SampleSet) -> ProbeSet:
     would hide what it has learned wrongly. Every worker draws the same.
     """
     path, provenance = context.artifacts.drawn_probes, context.provenance
-    if not path.exists():
+    if not fetch(path):
         facts = TrainingFacts(context.artifacts, provenance["num_shards"])
         probes = _draw(context, train, eligible_T=facts.is_finite_T)
         write_tensors(path, {"index": probes.index_P, "target": probes.target_P})

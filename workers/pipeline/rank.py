@@ -1,13 +1,12 @@
 """Another ranking of an audit that has ended, from the influence that it computed."""
 
-import shutil
-
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from app.audits.folders import audit_folder
 from app.audits.models import Audit, Ranking
 from app.settings import Settings
+from app.shared_files import remove_folder
 from app.work.repository import Claim, LeaseLost
 from workers.influence.layer_groups import UnknownLayers
 from workers.pipeline.context import StageContext, StageOutput
@@ -62,4 +61,4 @@ def remove_if_deleted(engine: Engine, settings: Settings, claim: Claim) -> None:
         is_alone = session.get(Audit, claim.audit_id) is None
     if not is_alone:
         folder /= Ranking.folder_of(claim.ranking_id)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)

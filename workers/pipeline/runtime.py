@@ -26,6 +26,7 @@ from workers.pipeline.memory import (
     plan_shards,
     split_batches,
 )
+from workers.pipeline.pace import Pace
 from workers.pipeline.placing import DTYPES, load_placed, on_device, recomputes
 from workers.pipeline.prepared import Prepared
 from workers.pipeline.probe_samples import ProbeSet, read_probes
@@ -41,6 +42,7 @@ class Runtime:
         key: the audit, and the checkpoint where it is not the audited state.
         validation: None for an audit without a validation set.
         limits: of a batch that fits here; halved for good when memory ran out.
+        pace: of the passes over the validation samples.
     """
 
     key: tuple[str, int | None]
@@ -49,6 +51,7 @@ class Runtime:
     train: SampleSet
     validation: SampleSet | None
     limits: BatchLimits
+    pace: Pace = field(default_factory=Pace)
     _shards: list[Tensor] | None = None
     _probes: ProbeSet | None = None
     _probe_shards: list[Tensor] = field(default_factory=list)
@@ -91,6 +94,8 @@ class Runtime:
                 self.train.length_T,
                 BatchLimits.planned(context.provenance),
                 samples_per_shard=context.provenance["samples_per_shard"],
+                # an audit that an earlier version planned has none
+                tokens_per_shard=context.provenance.get("tokens_per_shard"),
             )
         if position < len(self._shards):
             files = context.artifacts

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from app.shared_files import fetch
 from workers.influence.batching import collate, completion_labels
 from workers.pipeline.artifacts import atomically
 
@@ -38,6 +39,7 @@ class MappedRows:
     """The rows of an Arrow file, in reach but not in memory."""
 
     def __init__(self, path: Path) -> None:
+        fetch(path)
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self._batches = self.table.to_batches()
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])

@@ -10,6 +10,7 @@ Shapes: T training samples.
 import torch
 from torch import Tensor
 
+from app.shared_files import fetch
 from workers.pipeline.artifacts import Artifacts, read_tensors, write_tensors
 from workers.pipeline.context import StageContext
 from workers.pipeline.samples import MappedRows, write_samples
@@ -42,7 +43,7 @@ def split_off(context: StageContext) -> int:
 def is_trained_on(artifacts: Artifacts, num_train: int) -> Tensor:
     """Return which training samples fine-tuning may see, bool [T]."""
     is_seen_T = torch.ones(num_train, dtype=torch.bool)
-    if artifacts.held_out.exists():
+    if fetch(artifacts.held_out):
         is_seen_T[read_tensors(artifacts.held_out)["index"]] = False
     return is_seen_T
 

@@ -15,6 +15,7 @@ from app.datasets.files import FileFormat, read_dataset
 from app.datasets.models import Dataset
 from app.datasets.storage import upload_path
 from app.references import parse_dataset_reference
+from app.shared_files import fetch_once
 from workers.pipeline.context import StageContext
 from workers.pipeline.failures import AuditRefused
 from workers.sources.datasets import resolve_dataset
@@ -78,6 +79,7 @@ def resolve_table(context: StageContext, source: DatasetSource, *, field: str) -
                 field="dataset",
             )
         path = upload_path(context.settings.data_dir, upload.id, upload.format)
+        fetch_once(path)
         return ResolvedDataset(path, cast("FileFormat", upload.format), upload.sha256)
 
     try:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
 from app.audits.schemas import FineTune
+from app.shared_files import fetch
 from workers.influence.batching import token_budget_batches
 from workers.influence.objectives import OBJECTIVES, Outcome
 from workers.pipeline.checkpoint import (
@@ -154,7 +155,7 @@ def train(
             device=device,
         )
 
-    if training.checkpoint.exists():
+    if fetch(training.checkpoint):
         position = load_checkpoint(
             training.checkpoint, model=model, optimizer=optimizer, schedule=schedule, device=device
         )

@@ -35,11 +35,14 @@ from workers.pipeline.failures import AuditRefused
 from workers.pipeline.layout import ModelLayout
 from workers.pipeline.memory import MemoryPlan, plan_memory, plan_shards
 from workers.pipeline.non_finite import check_share
+from workers.pipeline.pace import count_workers, plan_tokens
 from workers.pipeline.planning import Audited, demand_of
 from workers.pipeline.probe_samples import num_probes
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.screening import least_loss
 from workers.pipeline.validation_rows import ValidationRows, collect_validation, write_rows
+
+SAMPLES_PER_SHARD = 1000  # where no pace is known
 
 
 def compute_validation(context: StageContext) -> StageOutput:
@@ -55,18 +58,25 @@ def compute_validation(context: StageContext) -> StageOutput:
         _write_validation(context, runtime, collected)
     agreement = compare_projection(context, runtime)
     write_json(context.artifacts.modules, layout)
+    tokens_per_shard = _tokens_per_shard(context, runtime)
     shards = plan_shards(
-        runtime.train.length_T, runtime.limits, samples_per_shard=plan.samples_per_shard
+        runtime.train.length_T,
+        runtime.limits,
+        samples_per_shard=plan.samples_per_shard,
+        tokens_per_shard=tokens_per_shard,
     )
-    blocks = module_blocks(context, runtime, samples_per_shard=plan.samples_per_shard)
+    samples_per_shard = min(plan.samples_per_shard, max(map(len, shards)))
+    blocks = module_blocks(context, runtime, samples_per_shard=samples_per_shard)
     return StageOutput(
         provenance={
             "device": device_name(runtime.device),
             "tokens_per_batch": runtime.limits.tokens,
             "samples_per_batch": runtime.limits.samples,
-            "samples_per_shard": plan.samples_per_shard,
+            "tokens_per_second": runtime.pace.tokens_per_second,
+            "tokens_per_shard": tokens_per_shard,
+            "samples_per_shard": samples_per_shard,
             "num_shards": len(shards),
-            "num_probe_shards": _num_probe_shards(context, runtime, plan),
+            "num_probe_shards": _num_probe_shards(context, runtime, samples_per_shard),
             "num_module_blocks": len(blocks),
             "num_checkpoints": _num_checkpoints(context),
             "keeps_gradients": keeps_gradients,
@@ -116,14 +126,37 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
     return layout
 
 
+def _most_samples(context: StageContext, runtime: Runtime) -> int:
+    """Return how many samples a shard may have at most, as far as memory has room."""
+    if context.settings.samples_per_shard:
+        return context.settings.samples_per_shard
+    # without a validation set nothing was measured
+    return SAMPLES_PER_SHARD if runtime.validation is None else len(runtime.train)
+
+
 def _num_checkpoints(context: StageContext) -> int:
     return len(learning_rates(context)) if wishes_of(context).checkpoints else 0
 
 
-def _num_probe_shards(context: StageContext, runtime: Runtime, plan: MemoryPlan) -> int:
+def _tokens_per_shard(context: StageContext, runtime: Runtime) -> int | None:
+    """Return how many tokens take as long as a shard shall; None where samples are counted."""
+    pace = runtime.pace.tokens_per_second
+    if context.settings.samples_per_shard or pace is None:
+        return None
+    return plan_tokens(
+        int(runtime.train.length_T.sum()),
+        tokens_per_second=pace,
+        shard_seconds=context.settings.shard_seconds,
+        num_workers=count_workers(
+            context.engine, stale_seconds=context.settings.worker_stale_seconds
+        ),
+    )
+
+
+def _num_probe_shards(context: StageContext, runtime: Runtime, samples_per_shard: int) -> int:
     if not needs_probes(context.request.stored()):
         return 0
-    return math.ceil(num_probes(context, len(runtime.train)) / plan.samples_per_shard)
+    return math.ceil(num_probes(context, len(runtime.train)) / samples_per_shard)
 
 
 def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
@@ -148,9 +181,9 @@ def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
         demand.workload,
         free_bytes=free_bytes(runtime.device),
         tokens_per_batch=context.settings.tokens_per_batch,
-        samples_per_shard=context.settings.samples_per_shard,
+        samples_per_shard=_most_samples(context, runtime),
     )
-    num_shards = -(-len(runtime.train) // plan.samples_per_shard)
+    num_shards = -(-len(runtime.train) // min(plan.samples_per_shard, SAMPLES_PER_SHARD))
     _check_disk(context, demand.disk_bytes + num_shards * demand.shard_disk_bytes)
     return demand.workload.keeps_gradients, plan
 

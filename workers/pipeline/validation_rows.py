@@ -44,8 +44,9 @@ def collect_validation(context: StageContext, runtime: Runtime) -> ValidationRow
 
     def work(positions: slice, indices: Tensor) -> None:
         context.hold.tick(positions.start, len(samples))
-        sample = runtime.extract(samples, indices)
-        rows = [part.to(torch.device("cpu")) for part in sample.gradients]
+        with runtime.pace.measure(int(samples.length_T[indices].sum())):
+            sample = runtime.extract(samples, indices)
+            rows = [part.to(torch.device("cpu")) for part in sample.gradients]
         facts.put(indices, sample)
         # what is appended comes last: a batch that runs out of memory is done again in halves
         for module, part in enumerate(rows):

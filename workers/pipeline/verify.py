@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from app.audits.schemas import FineTune
+from app.shared_files import fetch
 from workers.device import choose_device, device_name
 from workers.pipeline.arms import Plan, read_training_data
 from workers.pipeline.artifacts import read_tensors, write_tensors
@@ -24,7 +25,7 @@ def verify(context: StageContext) -> StageOutput:
     """Train what the unit stands for, unless that is done, and write what came of it."""
     path = context.artifacts.outcome(context.claim.position)
     device = choose_device(context.settings.device)
-    if not path.exists():  # it appears whole or not at all, and two workers write the same
+    if not fetch(path):  # it appears whole or not at all, and two workers write the same
         forget_runtime()
         write_tensors(path, _outcome(context, device))
     context.artifacts.training_checkpoint(context.claim.position).unlink(missing_ok=True)
