@@ -83,7 +83,7 @@ def closed_loop(port: int, request: bytes, *, connections: int, seconds: float) 
             for key, _ in waiting.select():
                 status = key.data.receive()
                 if status is not None:
-                    if status != 200:  # noqa: PLR2004
+                    if status != 200:
                         raise RuntimeError(f"{status} {key.data.body!r}")
                     num_answers += 1
                     key.data.send(request)
