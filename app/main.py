@@ -151,8 +151,8 @@ def create_app(
     api.include_router(page_routes.router)
     api.mount("/static", OwnFiles(), name="static")
     # The last one added is the outermost.
-    api.add_middleware(QuickPolls, polls=api.state.polls, settings=settings)
     api.add_middleware(BodyLimit, settings=settings)
+    api.add_middleware(QuickPolls, polls=api.state.polls, settings=settings)
     if not settings.require_keys:
         api.add_middleware(LoopbackOnly)
     api.add_middleware(RequestContext)

@@ -41,10 +41,11 @@ _POLLED = re.compile(audit_path("(?P<audit_id>aud_[0-9a-f]{32})"))
 _AUDIT_COLUMNS = Audit.__mapper__.columns.items()
 _found = FIND_KEY.add_columns(*(column.label(f"audit_{name}") for name, column in _AUDIT_COLUMNS))
 # The tenant is the key's, by the statement itself; row-level security would take a second one.
-_compiled = _found.join(
-    Audit, (Audit.tenant == ApiKey.tenant) & (Audit.id == bindparam("audit_id"))
-).compile(dialect=dialect())
-_STATEMENT, _CONSTANTS = str(_compiled), dict(_compiled.params)
+_STATEMENT = str(
+    _found.join(
+        Audit, (Audit.tenant == ApiKey.tenant) & (Audit.id == bindparam("audit_id"))
+    ).compile(dialect=dialect())
+)
 _OF_KEY = [column.name for column in FIND_KEY.selected_columns]
 _OF_AUDIT = [name for name, _ in _AUDIT_COLUMNS]
 
@@ -85,7 +86,7 @@ class Polls:
         try:
             connection = self._idle.pop() if self._idle else await self._connect()
             try:
-                parameters = {**_CONSTANTS, "digest": digest, "audit_id": audit_id}
+                parameters = {"digest": digest, "audit_id": audit_id}
                 row = await (await connection.execute(_STATEMENT, parameters)).fetchone()
             except BaseException:  # whatever it was, the connection is in the middle of something
                 await connection.close()

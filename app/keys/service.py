@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Engine, bindparam, func, or_, select, update
+from sqlalchemy import Engine, bindparam, func, literal_column, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.db import new_id, transaction
@@ -18,7 +18,7 @@ from app.limits.models import TenantLimits
 from app.trail.service import TrailAction, record
 
 KEY_PREFIX = "wnw_"
-LAST_USED_PRECISION = timedelta(minutes=1)  # a write per request would cost more than it tells
+LAST_USED_PRECISION = "1 minute"  # a write per request would cost more than it tells
 SOON = timedelta(days=14)
 SOON_SHARE = 1 / 4  # of a key's life; one that is made for a week is not near its end at once
 
@@ -165,7 +165,8 @@ FIND_KEY = (
             "requests_per_minute"
         ),
         or_(
-            ApiKey.last_used_at.is_(None), ApiKey.last_used_at < func.now() - LAST_USED_PRECISION
+            ApiKey.last_used_at.is_(None),
+            ApiKey.last_used_at < func.now() - literal_column(f"interval '{LAST_USED_PRECISION}'"),
         ).label("is_use_to_note"),
     )
     .outerjoin(TenantLimits, TenantLimits.tenant == ApiKey.tenant)
