@@ -63,6 +63,12 @@ def make_engine(url: str, *, owner: str | None = None) -> Engine:
     )
 
 
+def connect_arguments(engine: Engine) -> dict[str, Any]:
+    """Return what psycopg connects with, to the same database with the same patience."""
+    _, arguments = engine.dialect.create_connect_args(engine.url)
+    return {**arguments, **_PATIENCE}
+
+
 def session_name(owner: str) -> str:
     """Return what the sessions of a worker are called in the database."""
     return f"winnow {owner}"[-_MAX_NAME:]  # the end tells processes apart

@@ -30,23 +30,24 @@ _bearer = HTTPBearer(
 )
 
 
-def _engine(request: Request) -> Engine:
+# These take no time; a plain function would cost a trip to a thread at every call.
+async def _engine(request: Request) -> Engine:
     return cast("Engine", request.app.state.engine)
 
 
-def _celery(request: Request) -> Celery:
+async def _celery(request: Request) -> Celery:
     return cast("Celery", request.app.state.celery)
 
 
-def _sender(request: Request) -> Sender:
+async def _sender(request: Request) -> Sender:
     return cast("Sender", request.app.state.sender)
 
 
-def _watcher(request: Request) -> Watcher:
+async def _watcher(request: Request) -> Watcher:
     return cast("Watcher", request.app.state.watcher)
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     return cast("Settings", request.app.state.settings)
 
 
@@ -132,7 +133,7 @@ def _answer_with(request: Request, headers: Mapping[str, str]) -> None:
 CallerDep = Annotated[Caller, Depends(_caller)]
 
 
-def _tenant(caller: CallerDep) -> str:
+async def _tenant(caller: CallerDep) -> str:
     return caller.tenant
 
 
@@ -140,13 +141,17 @@ TenantDep = Annotated[str, Depends(_tenant)]
 """Whose things count: every query on audits, datasets and rankings is limited to this tenant."""
 
 
-def engine_of(request: Request, engine: ServiceEngineDep, caller: CallerDep) -> Engine:
+def engine_of(request: Request, engine: Engine, caller: Caller) -> Engine:
     """Return the database as a caller's tenant has it; it knows who acts in which request."""
     actor = Actor(caller.key_name or NO_KEY, caller.key_id, request.state.request_id)
     return acting(of_tenant(engine, caller.tenant), actor)
 
 
-EngineDep = Annotated[Engine, Depends(engine_of)]
+async def _engine_of(request: Request, engine: ServiceEngineDep, caller: CallerDep) -> Engine:
+    return engine_of(request, engine, caller)
+
+
+EngineDep = Annotated[Engine, Depends(_engine_of)]
 """The database as the caller's tenant has it, whatever a query forgets to say."""
 
 

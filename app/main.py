@@ -13,6 +13,7 @@ import app.tables  # noqa: F401  registers every table
 from app import catalogue_routes, health
 from app.audits import ranking_routes
 from app.audits import routes as audit_routes
+from app.audits.polling import Polls, QuickPolls
 from app.datasets import routes as dataset_routes
 from app.db import make_engine
 from app.decisions import routes as decision_routes
@@ -104,7 +105,8 @@ def create_app(
         reconciler.start()
         webhook_sender.start()
         try:
-            yield
+            async with api.state.polls.opened():
+                yield
         finally:
             webhook_sender.stop()
             reconciler.stop()
@@ -126,6 +128,7 @@ def create_app(
     api.state.celery = the_celery
     api.state.sender = Sender(the_engine, the_celery)
     api.state.counts = CountsCache()
+    api.state.polls = Polls(the_engine)
     api.state.watcher = Watcher(the_engine)
     api.state.rates = Rates(settings.require_broker_url())
     api.state.upload_slots = UploadSlots(settings.max_concurrent_uploads)
@@ -151,6 +154,7 @@ def create_app(
     api.mount("/static", OwnFiles(), name="static")
     # The last one added is the outermost.
     api.add_middleware(BodyLimit, settings=settings)
+    api.add_middleware(QuickPolls, polls=api.state.polls, settings=settings)
     if not settings.require_keys:
         api.add_middleware(LoopbackOnly)
     api.add_middleware(RequestContext)

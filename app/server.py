@@ -5,6 +5,7 @@
 serves on a socket that `winnow serve` has opened; `winnow api` opens its own.
 """
 
+import gc
 import socket
 import sys
 
@@ -65,6 +66,7 @@ def run_api(settings: Settings, listener: socket.socket) -> None:
         timeout_graceful_shutdown=GRACE_SECONDS,
         http=PatientProtocol,
     )
+    gc.freeze()  # what was made until here stays: no collection needs to walk over it again
     _Server(config).run(sockets=[listener])
 
 

@@ -30,10 +30,11 @@ from app.audits.documented import (
 from app.audits.downloads import ranking_file
 from app.audits.folders import audit_folder
 from app.audits.models import Audit, AuditState
+from app.audits.polling import state_headers
 from app.audits.ranking_service import results_for
 from app.audits.schemas import AuditRequest, Reference
 from app.audits.summaries import SuspectSummary, summarise
-from app.conditional import IfNoneMatch, entity_tag, is_unchanged
+from app.conditional import IfNoneMatch, is_unchanged
 from app.dependencies import EngineDep, SenderDep, SettingsDep, TenantDep, WatcherDep
 from app.errors import (
     Conflict,
@@ -343,6 +344,4 @@ def _answer(audit: Audit, settings: Settings) -> answers.Audit:
 
 
 def _tell_state(response: Response, audit: Audit) -> None:
-    response.headers["ETag"] = entity_tag(str(audit.version))
-    if not AuditState(audit.state).is_final:
-        response.headers["Retry-After"] = str(service.retry_after(audit))
+    response.headers.update(state_headers(audit))

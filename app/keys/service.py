@@ -5,8 +5,9 @@ import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
-from sqlalchemy import Engine, func, or_, select, update
+from sqlalchemy import Engine, bindparam, func, literal_column, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.db import new_id, transaction
@@ -17,7 +18,7 @@ from app.limits.models import TenantLimits
 from app.trail.service import TrailAction, record
 
 KEY_PREFIX = "wnw_"
-LAST_USED_PRECISION = timedelta(minutes=1)  # a write per request would cost more than it tells
+LAST_USED_PRECISION = "1 minute"  # a write per request would cost more than it tells
 SOON = timedelta(days=14)
 SOON_SHARE = 1 / 4  # of a key's life; one that is made for a week is not near its end at once
 
@@ -59,7 +60,8 @@ def is_ending(key: ApiKey) -> bool:
     return key.expires_at - datetime.now(UTC) < min(SOON, SOON_SHARE * life)
 
 
-def _digest(secret: str) -> bytes:
+def digest_of(secret: str) -> bytes:
+    """Return what is kept of a secret."""
     return hashlib.sha256(secret.encode()).digest()
 
 
@@ -96,7 +98,7 @@ def create_key(
         id=new_id("key"),
         tenant=tenant,
         name=name,
-        sha256=_digest(secret),
+        sha256=digest_of(secret),
         expires_at=datetime.now(UTC) + timedelta(days=valid_days),
         scopes=None if scopes is None else in_order(scopes),
         requests_per_minute=requests_per_minute,
@@ -122,7 +124,7 @@ def rotate_key(engine: Engine, key_id: str, *, valid_days: int, overlap_hours: f
             raise Conflict(f"The key {key_id} was revoked. Make a new one.")
         key.previous_sha256 = key.sha256
         key.previous_until = min(key.expires_at, now + timedelta(hours=overlap_hours))
-        key.sha256 = _digest(secret)
+        key.sha256 = digest_of(secret)
         key.expires_at = now + timedelta(days=valid_days)
         record(session, TrailAction.KEY_ROTATE, key.id, tenant=key.tenant)
     return _shown(key, secret)
@@ -154,46 +156,52 @@ def _find(session: Session, key_id: str) -> ApiKey:
     return key
 
 
+_IS_OLD = (ApiKey.previous_sha256 == bindparam("digest")) & (ApiKey.previous_until > func.now())
+FIND_KEY = (
+    select(
+        *(ApiKey.id, ApiKey.name, ApiKey.tenant, ApiKey.scopes, ApiKey.created_at),
+        *(ApiKey.expires_at, ApiKey.previous_until, _IS_OLD.label("is_old_secret")),
+        func.coalesce(ApiKey.requests_per_minute, TenantLimits.requests_per_minute).label(
+            "requests_per_minute"
+        ),
+        or_(
+            ApiKey.last_used_at.is_(None),
+            ApiKey.last_used_at < func.now() - literal_column(f"interval '{LAST_USED_PRECISION}'"),
+        ).label("is_use_to_note"),
+    )
+    .outerjoin(TenantLimits, TenantLimits.tenant == ApiKey.tenant)
+    .where(
+        (ApiKey.sha256 == bindparam("digest")) | _IS_OLD,
+        ApiKey.revoked_at.is_(None),
+        ApiKey.expires_at > func.now(),
+    )
+)
+"""The key with a `digest`, unless it is revoked or over: asked at every call, so built once."""
+
+
 def caller_of(engine: Engine, secret: str) -> Caller | None:
     """Return whom a key belongs to, or None when it is unknown, revoked or over."""
-    digest = _digest(secret)
-    is_old = (ApiKey.previous_sha256 == digest) & (ApiKey.previous_until > func.now())
-    with transaction(engine) as session:
-        found = session.execute(
-            select(ApiKey, TenantLimits.requests_per_minute)
-            .outerjoin(TenantLimits, TenantLimits.tenant == ApiKey.tenant)
-            .where(
-                (ApiKey.sha256 == digest) | is_old,
-                ApiKey.revoked_at.is_(None),
-                ApiKey.expires_at > func.now(),
-            )
-        ).one_or_none()
-        if found is None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        key = connection.execute(FIND_KEY, {"digest": digest_of(secret)}).one_or_none()
+        if key is None:
             return None
-        key, of_tenant = found
-        is_old_secret = key.sha256 != digest
-        session.execute(
-            update(ApiKey)
-            .where(
-                ApiKey.id == key.id,
-                or_(
-                    ApiKey.last_used_at.is_(None),
-                    ApiKey.last_used_at < func.now() - LAST_USED_PRECISION,
-                ),
-            )
-            .values(last_used_at=func.now())
-        )
-        return Caller(
-            key.tenant,
-            key.name,
-            key.id,
-            scopes=ALL_SCOPES if key.scopes is None else frozenset(key.scopes),
-            requests_per_minute=of_tenant
-            if key.requests_per_minute is None
-            else key.requests_per_minute,
-            expires_at=key.previous_until if is_old_secret else key.expires_at,
-            is_ending=is_old_secret or is_ending(key),
-        )
+        if key.is_use_to_note:
+            noted = update(ApiKey).where(ApiKey.id == key.id)
+            connection.execute(noted.values(last_used_at=func.now()))
+        return as_caller(key)
+
+
+def as_caller(key: Any) -> Caller:  # noqa: ANN401  a row of FIND_KEY
+    """Return whom a row of `FIND_KEY` belongs to."""
+    return Caller(
+        key.tenant,
+        key.name,
+        key.id,
+        scopes=ALL_SCOPES if key.scopes is None else frozenset(key.scopes),
+        requests_per_minute=key.requests_per_minute,
+        expires_at=key.previous_until if key.is_old_secret else key.expires_at,
+        is_ending=key.is_old_secret or is_ending(key),
+    )
 
 
 def has_active_keys(engine: Engine) -> bool:
