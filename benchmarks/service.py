@@ -33,8 +33,10 @@ from app.work.models import Stage
 from app.work.states import enter_state
 from benchmarks.http_load import Connection, closed_loop, get
 from benchmarks.pages import REQUEST
+from benchmarks.service_rows import downloads, ranked_set, rows_in, rows_out
 
 CONNECTIONS = 16
+PARTS = ("poll", "rows")
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,23 @@ def _wait(port: int, request: bytes, seconds: float = 60) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["poll"], choices=["poll"])
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="|".join(PARTS))
+    parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, service(Path(folder)) as running:
-        polls(running, seconds=options.seconds, rounds=options.rounds)
+    with tempfile.TemporaryDirectory() as name, service(Path(name)) as running:
+        if "poll" in options.parts:
+            polls(running, seconds=options.seconds, rounds=options.rounds)
+        if "rows" in options.parts:
+            _rows(running, Path(name), options.rows)
+
+
+def _rows(of: Service, folder: Path, number: int) -> None:
+    ranked, evidence = ranked_set(folder, number)
+    audit_id, ranking_id = rows_in(of.engine, ranked, evidence)
+    rows_out(of.engine, ranked, folder, audit_id=audit_id, ranking_id=ranking_id)
+    downloads(of.api, of.key, of.processes[of.api], audit_id=audit_id)
 
 
 if __name__ == "__main__":

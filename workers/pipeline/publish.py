@@ -3,8 +3,7 @@
 Shapes: T training samples, G layer groups, K related samples.
 """
 
-import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,17 @@ from typing import Any
 import orjson
 import psycopg
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from pyarrow.csv import CSVWriter, WriteOptions
 from sqlalchemy.orm import Session
 from torch import Tensor
 
 from app.audits.answers import SCORE_ORDER
 from workers.influence.aggregation import order_by_score
 from workers.pipeline.artifacts import atomically, sha256_of
+from workers.pipeline.copying import Columns, copy_columns
 from workers.pipeline.evidence import Evidence
 from workers.pipeline.judging import Judgement
 from workers.pipeline.related import Related
@@ -48,21 +50,62 @@ FILE_SCHEMA = pa.schema(
     },
     metadata={"winnow.score_order": SCORE_ORDER},
 )
-TRAINING_COLUMNS = (
-    "audit_id, sample_index, text, text_pair, given_label, predicted_label, "
-    "predicted_probability, given_probability, loss, is_noisy, non_finite, "
-    "alike_training, alike_cosine, opposed_training, opposed_cosine, "
-    "shown_classes, class_probabilities, out_of_sample_probabilities"
+_INTEGERS, _NUMBERS = pa.list_(pa.int32()), pa.list_(pa.float32())
+TRAINING_ROWS = pa.schema(
+    {
+        "audit_id": pa.string(),
+        "sample_index": pa.int32(),
+        **{
+            name: FILE_SCHEMA.field(name).type
+            for name in (
+                *("text", "text_pair", "given_label", "predicted_label", "predicted_probability"),
+                *("given_probability", "loss", "is_noisy", "non_finite"),
+            )
+        },
+        "alike_training": _INTEGERS,
+        "alike_cosine": _NUMBERS,
+        "opposed_training": _INTEGERS,
+        "opposed_cosine": _NUMBERS,
+        "shown_classes": _INTEGERS,
+        "class_probabilities": _NUMBERS,
+        "out_of_sample_probabilities": _NUMBERS,
+    }
 )
-VALIDATION_COLUMNS = (
-    "audit_id, sample_index, text, text_pair, given_label, predicted_label, "
-    "predicted_probability, loss"
+VALIDATION_ROWS = pa.schema(
+    {
+        "audit_id": pa.string(),
+        "sample_index": pa.int32(),
+        "text": pa.string(),
+        "text_pair": pa.string(),
+        "given_label": pa.string(),
+        "predicted_label": pa.string(),
+        "predicted_probability": pa.float32(),
+        "loss": pa.float32(),
+    }
 )
-RANKED_COLUMNS = (
-    "ranking_id, rank, sample_index, given_label, score, flagged, noise_probability, "
-    "suggested_label, suggested_probability, group_scores, group_ranks, "
-    "harmed_validation, harmed_influence, helped_validation, helped_influence"
+RANKED_ROWS = pa.schema(
+    {
+        "ranking_id": pa.string(),
+        "rank": pa.int32(),
+        "sample_index": pa.int32(),
+        "given_label": pa.string(),
+        "score": pa.float32(),
+        "flagged": pa.bool_(),
+        "noise_probability": pa.float32(),
+        "suggested_label": pa.string(),
+        "suggested_probability": pa.float32(),
+        "group_scores": _NUMBERS,
+        "group_ranks": _INTEGERS,
+        "harmed_validation": _INTEGERS,
+        "harmed_influence": _NUMBERS,
+        "helped_validation": _INTEGERS,
+        "helped_influence": _NUMBERS,
+    }
 )
+
+_IN_CSV = {pa.float32(): pa.float64(), pa.bool_(): pa.string()}
+_CSV_SCHEMA = pa.schema({field.name: _IN_CSV.get(field.type, field.type) for field in FILE_SCHEMA})
+_CSV = WriteOptions(eol="\r\n", quoting_header="none")
 
 # What an audit's summary says of its own ranking, as a later ranking's says of itself; the rest is
 # about the audit.
@@ -155,23 +198,29 @@ def write_files(ranked: RankedSet, folder: Path) -> dict[str, dict[str, Any]]:
         atomically(paths["csv"]) as csv_path,
         atomically(paths["jsonl"]) as jsonl_path,
         pq.ParquetWriter(parquet_path, FILE_SCHEMA, compression="zstd") as parquet,
-        csv_path.open("w", encoding="utf-8", newline="") as csv_file,
+        CSVWriter(csv_path, _CSV_SCHEMA, write_options=_CSV) as csv_file,
         jsonl_path.open("wb") as jsonl_file,
     ):
-        writer = csv.writer(csv_file)
-        writer.writerow(FILE_SCHEMA.names)
         for first, index_N in ranked.chunks():
             table = pa.table(ranked.file_rows(index_N, first), schema=FILE_SCHEMA)
             parquet.write_table(table)
-            rows = table.to_pylist()
-            writer.writerows(row.values() for row in rows)
+            csv_file.write_table(_as_csv(table))
             jsonl_file.writelines(
-                orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows
+                orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in table.to_pylist()
             )
     return {
         name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for name, path in paths.items()
     }
+
+
+def _as_csv(table: pa.Table) -> pa.Table:
+    """Return what every reader of CSV reads as the numbers that JSON and Parquet hold."""
+    columns = [
+        pc.if_else(column, "True", "False") if pa.types.is_boolean(column.type) else column
+        for column in table.columns
+    ]
+    return pa.table(columns, names=table.column_names).cast(_CSV_SCHEMA)
 
 
 def copy_rows(
@@ -196,23 +245,18 @@ def copy_rows(
         validation_facts: what the model said of the validation samples.
     """
     with _driver(session).cursor() as cursor:
-        _copy(
-            cursor, "training_samples", TRAINING_COLUMNS, _training_rows(audit_id, ranked, evidence)
-        )
+        training = _training_rows(audit_id, ranked, evidence)
+        copy_columns(cursor, "training_samples", TRAINING_ROWS, training)
         if validation is not None:
-            _copy(
-                cursor,
-                "validation_samples",
-                VALIDATION_COLUMNS,
-                _validation_rows(audit_id, ranked.labels, validation, validation_facts),
-            )
+            rows = _validation_rows(audit_id, ranked.labels, validation, validation_facts)
+            copy_columns(cursor, "validation_samples", VALIDATION_ROWS, rows)
     copy_ranking(session, ranking_id=ranking_id, ranked=ranked)
 
 
 def copy_ranking(session: Session, *, ranking_id: str, ranked: RankedSet) -> None:
     """Load the places of one ranking inside the caller's transaction."""
     with _driver(session).cursor() as cursor:
-        _copy(cursor, "ranked_samples", RANKED_COLUMNS, _ranked_rows(ranking_id, ranked))
+        copy_columns(cursor, "ranked_samples", RANKED_ROWS, _ranked_rows(ranking_id, ranked))
 
 
 def _driver(session: Session) -> psycopg.Connection[Any]:
@@ -221,60 +265,64 @@ def _driver(session: Session) -> psycopg.Connection[Any]:
     return driver
 
 
-def _copy(
-    cursor: psycopg.Cursor[Any], table: str, columns: str, rows: Iterable[Sequence[Any]]
-) -> None:
-    with cursor.copy(f"COPY {table} ({columns}) FROM STDIN") as copy:
-        for row in rows:
-            copy.write_row(row)
-
-
-def _training_rows(audit_id: str, ranked: RankedSet, evidence: Evidence) -> Iterator[Sequence[Any]]:
-    names = TRAINING_COLUMNS.replace("sample_index", "index").split(", ")[1:]
+def _training_rows(audit_id: str, ranked: RankedSet, evidence: Evidence) -> Iterator[Columns]:
     for index_N in torch.arange(len(ranked.facts)).split(ROWS_PER_CHUNK):
-        columns = ranked.file_rows(index_N, 0) | evidence.columns(index_N)
-        for row in zip(*(columns[name] for name in names), strict=True):
-            yield (audit_id, *row)
+        rows = ranked.file_rows(index_N, 0)
+        yield {
+            **rows,
+            "audit_id": [audit_id] * len(index_N),
+            "sample_index": rows["index"],
+            **evidence.columns(index_N),
+        }
 
 
 def _validation_rows(
     audit_id: str, labels: Sequence[str], samples: SampleSet, facts: Mapping[str, Tensor]
-) -> Iterator[Sequence[Any]]:
+) -> Iterator[Columns]:
     for index_N in torch.arange(len(samples)).split(ROWS_PER_CHUNK):
-        rows = zip(
-            index_N.tolist(),
-            samples.texts(index_N),
-            name_labels(samples.label_T[index_N], labels),
-            name_labels(facts["predicted"][index_N], labels),
-            facts["predicted_probability"][index_N].tolist(),
-            facts["loss"][index_N].tolist(),
-            strict=True,
-        )
-        for index, (text, pair), given, predicted, probability, loss in rows:
-            yield audit_id, index, text, pair, given, predicted, probability, loss
+        texts = samples.texts(index_N)
+        yield {
+            "audit_id": [audit_id] * len(index_N),
+            "sample_index": index_N.tolist(),
+            "text": [text for text, _ in texts],
+            "text_pair": [pair for _, pair in texts],
+            "given_label": name_labels(samples.label_T[index_N], labels),
+            "predicted_label": name_labels(facts["predicted"][index_N], labels),
+            "predicted_probability": facts["predicted_probability"][index_N].tolist(),
+            "loss": facts["loss"][index_N].tolist(),
+        }
 
 
-def _ranked_rows(ranking_id: str, ranked: RankedSet) -> Iterator[Sequence[Any]]:
+def _ranked_rows(ranking_id: str, ranked: RankedSet) -> Iterator[Columns]:
     score_GT = torch.stack(list(ranked.group_scores.values()))
     rank_GT = torch.stack([order_by_score(score_T).argsort() for score_T in score_GT])
     related = ranked.related
     for first, index_N in ranked.chunks():
         nothing: list[list[Any]] = [[]] * len(index_N)
-        judged = ranked.judged(index_N)
-        rows = zip(
-            range(first, first + len(index_N)),
-            index_N.tolist(),
-            name_labels(ranked.samples.label_T[index_N], ranked.labels),
-            ranked.group_scores[ranked.layers][index_N].tolist(),
-            zip(*judged.values(), strict=True),
-            score_GT[:, index_N].T.tolist(),
-            rank_GT[:, index_N].T.tolist(),
-            related.harmed_KT[:, index_N].T.tolist() if related else nothing,
-            related.harm_KT[:, index_N].T.tolist() if related else nothing,
-            related.helped_KT[:, index_N].T.tolist() if related else nothing,
-            related.help_KT[:, index_N].T.tolist() if related else nothing,
-            strict=True,
-        )
-        for rank, index, label, score, judgement, *lists in rows:
-            flagged = rank < ranked.num_flagged
-            yield ranking_id, rank, index, label, score, flagged, *judgement, *lists
+        ranks = range(first, first + len(index_N))
+        yield {
+            "ranking_id": [ranking_id] * len(index_N),
+            "rank": list(ranks),
+            "sample_index": index_N.tolist(),
+            "given_label": name_labels(ranked.samples.label_T[index_N], ranked.labels),
+            "score": ranked.group_scores[ranked.layers][index_N].tolist(),
+            "flagged": [rank < ranked.num_flagged for rank in ranks],
+            **ranked.judged(index_N),
+            "group_scores": _lists(score_GT[:, index_N]),
+            "group_ranks": _lists(rank_GT[:, index_N]),
+            "harmed_validation": _lists(related.harmed_KT[:, index_N]) if related else nothing,
+            "harmed_influence": _lists(related.harm_KT[:, index_N]) if related else nothing,
+            "helped_validation": _lists(related.helped_KT[:, index_N]) if related else nothing,
+            "helped_influence": _lists(related.help_KT[:, index_N]) if related else nothing,
+        }
+
+
+def _lists(value_KN: Tensor) -> pa.Array:
+    """Return K numbers for each of N samples."""
+    numbers, of_each = value_KN.T.flatten(), len(value_KN)
+    offsets = torch.arange(value_KN.shape[1] + 1, dtype=torch.int32) * of_each
+    if numbers.is_floating_point():
+        values = pa.array(numbers.float().numpy())
+    else:
+        values = pa.array(numbers.int().numpy())
+    return pa.ListArray.from_arrays(pa.array(offsets.numpy()), values)
