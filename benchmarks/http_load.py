@@ -114,6 +114,19 @@ class OpenLoop:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def _receive(
+    client: "Connection", waiting: selectors.BaseSelector, key: selectors.SelectorKey
+) -> int | None:
+    """Return the status of an answer that is whole, 0 where the connection broke."""
+    try:
+        return client.receive()
+    except OSError:
+        waiting.unregister(key.fileobj)
+        client.again()
+        waiting.register(client.socket, selectors.EVENT_READ, key.data)
+        return 0
+
+
 def open_loop(
     port: int,
     requests: Sequence[bytes],
@@ -157,13 +170,7 @@ def open_loop(
             pause = began + number / rate - time.perf_counter() if number < total else 1.0
             for key, _ in waiting.select(max(0.0, min(pause, 0.1))):
                 place = key.data
-                try:
-                    status = clients[place].receive()
-                except OSError:
-                    status = 0
-                    waiting.unregister(key.fileobj)
-                    clients[place].again()
-                    waiting.register(clients[place].socket, selectors.EVENT_READ, place)
+                status = _receive(clients[place], waiting, key)
                 if status is None:
                     continue
                 answered += 1

@@ -78,7 +78,8 @@ def service(folder: Path) -> Iterator[Service]:
             port, process = stack.enter_context(_served(command[0], rest, environment, folder))
             ports.append(port)
             processes[port] = process
-        yield Service(engine, url, key, *ports, processes)
+        api, bare = ports
+        yield Service(engine, url, key, api, bare, processes)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import psycopg
 from fastapi import Response
 from psycopg.types.json import set_json_loads
 from sqlalchemy import Engine, bindparam
-from sqlalchemy.dialects.postgresql.psycopg import dialect
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -44,7 +44,7 @@ _found = FIND_KEY.add_columns(*(column.label(f"audit_{name}") for name, column i
 _STATEMENT = str(
     _found.join(
         Audit, (Audit.tenant == ApiKey.tenant) & (Audit.id == bindparam("audit_id"))
-    ).compile(dialect=dialect())
+    ).compile(dialect=PGDialect_psycopg())  # type: ignore[no-untyped-call]
 )
 _OF_KEY = [column.name for column in FIND_KEY.selected_columns]
 _OF_AUDIT = [name for name, _ in _AUDIT_COLUMNS]

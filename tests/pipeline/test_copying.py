@@ -37,7 +37,8 @@ rows = st.tuples(
 
 
 def copied(engine: Engine, chunks: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    driver = engine.raw_connection()
+    connection = engine.raw_connection()
+    driver: Any = connection.driver_connection
     try:
         with driver.cursor() as cursor:
             cursor.execute(TABLE)
@@ -47,10 +48,11 @@ def copied(engine: Engine, chunks: list[dict[str, Any]]) -> list[tuple[Any, ...]
                 "SELECT place, words, number::float8, is_so, numbers::float8[], places FROM copied "
                 "ORDER BY place"
             )
-            return cursor.fetchall()
+            found: list[tuple[Any, ...]] = cursor.fetchall()
+            return found
     finally:
-        driver.rollback()
-        driver.close()
+        connection.rollback()
+        connection.close()
 
 
 @settings(

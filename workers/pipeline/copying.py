@@ -48,7 +48,8 @@ def copy_text(rows: pa.Table) -> bytes:
     _, offsets, text = lines.buffers()
     ends = memoryview(offsets).cast("q")
     first, last = ends[lines.offset], ends[lines.offset + len(lines)]
-    return text.slice(first, last - first).to_pybytes()
+    written: bytes = text.slice(first, last - first).to_pybytes()
+    return written
 
 
 def _cells(column: pa.Array) -> pa.Array:
