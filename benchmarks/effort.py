@@ -22,6 +22,7 @@ from benchmarks.local_worker import LocalWorker, local_worker
 
 EFFORTS = ("exact", "fast")
 ESTIMATORS = ["grad_dot", "grad_cosine", "datainf", "gauss_newton", "ekfac"]
+CONSENSUS = {"estimator": "consensus", "layers": "auto", "aggregation": "auto"}
 BASELINES = {"loss", "random", "oracle", "confidence"}
 
 
@@ -76,7 +77,7 @@ def _both(worker: LocalWorker, name: str, seed: int, options: Options) -> dict[s
             before = now
 
         audit = worker.run(request | {"effort": effort}, after_unit)
-        consensus = worker.rank(audit, {"ranking": {"estimator": "consensus"}})
+        consensus = worker.rank(audit, CONSENSUS)
         table = {
             (row["estimator"], row["layer_group"], row["aggregation"], row["correct_only"]): row[
                 "detection"

@@ -56,11 +56,11 @@ def main() -> None:
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="winnow-soak-")))
-        process, http = stack.enter_context(_serving(folder))
+        process, http = stack.enter_context(serving(folder))
         url = stack.enter_context(embedded_postgres(folder / "data"))
         engine = make_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
         stack.callback(engine.dispose)
-        load = _Load(http, folder, at_once=options.at_once)
+        load = Load(http, folder, at_once=options.at_once)
         looks = []
         started = time.monotonic()
         next_look = started
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 @contextmanager
-def _serving(folder: Path) -> Iterator[tuple[psutil.Process, httpx2.Client]]:
+def serving(folder: Path) -> Iterator[tuple[psutil.Process, httpx2.Client]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -133,13 +133,14 @@ def _fill_pool(http: httpx2.Client) -> None:
             response.raise_for_status()
 
 
-class _Load:
+class Load:
     """A few audits at once, each with all that is done to one."""
 
     def __init__(self, http: httpx2.Client, folder: Path, *, at_once: int) -> None:
         self._http = http
         self._at_once = at_once
-        self._open: dict[str, str] = {}
+        self._open: set[str] = set()
+        self._uploads: dict[str, str] = {}
         self.ended: Counter[str] = Counter()
         self._train = write_table(folder / "train.parquet", reviews(40, seed=0))
         validation = write_table(folder / "validation.parquet", reviews(10, seed=1))
@@ -149,13 +150,14 @@ class _Load:
     def step(self) -> None:
         """Submit what is missing, and finish off what has ended."""
         while len(self._open) < self._at_once:
-            self._submit()
+            self._open.add(self.submit())
         for audit_id in list(self._open):
             audit = self._ok(self._http.get(f"/v1/audits/{audit_id}")).json()
             if audit["done"]:
                 self._use_up(audit)
 
-    def _submit(self) -> None:
+    def submit(self) -> str:
+        """Submit an audit with an upload of its own; return its id."""
         upload = self._upload(self._train)
         body: dict[str, Any] = {
             "model": {"reference": self._model},
@@ -170,10 +172,12 @@ class _Load:
             body["fine_tune"] = {"epochs": 1}
         header = {"Idempotency-Key": os.urandom(8).hex()}
         made = self._ok(self._http.post("/v1/audits", json=body, headers=header)).json()
-        self._open[made["id"]] = upload["id"]
+        self._uploads[made["id"]] = upload["id"]
+        return str(made["id"])
 
     def _use_up(self, audit: dict[str, Any]) -> None:
         self.ended[audit["state"]] += 1
+        self._open.remove(audit["id"])
         path = f"/v1/audits/{audit['id']}"
         if audit["state"] == "succeeded":
             self._ok(self._http.get(f"{path}/suspects?limit=20"))
@@ -184,7 +188,7 @@ class _Load:
             self._ok(self._http.get(f"{path}/export"))
             self._ok(self._http.post(f"{path}/decisions/{batch['id']}/undo"))
         self._ok(self._http.delete(path))
-        self._ok(self._http.delete(f"/v1/datasets/{self._open.pop(audit['id'])}"))
+        self._ok(self._http.delete(f"/v1/datasets/{self._uploads.pop(audit['id'])}"))
 
     def _upload(self, path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
@@ -238,7 +242,7 @@ def _size(process: psutil.Process) -> tuple[float, int]:
         return 0.0, 0
 
 
-def _tell(seconds: float, look: dict[str, float], load: _Load) -> None:
+def _tell(seconds: float, look: dict[str, float], load: Load) -> None:
     shown = ("MB: api", "MB: worker", "handles: api", "handles: worker", "connections")
     told = "  ".join(f"{name} {look.get(name, 0):.0f}" for name in shown)
     files = look["files: data directory"]
@@ -248,7 +252,7 @@ def _tell(seconds: float, look: dict[str, float], load: _Load) -> None:
     )
 
 
-def _report(looks: list[tuple[float, dict[str, float]]], load: _Load) -> bool:
+def _report(looks: list[tuple[float, dict[str, float]]], load: Load) -> bool:
     print(f"\n{dict(load.ended)} audits in {looks[-1][0] / 60:.0f} minutes, {len(looks)} looks")
     after = [(at, look) for at, look in looks if at >= WARM_UP * looks[-1][0]]
     hours = np.array([at / 3600 for at, _ in after])
