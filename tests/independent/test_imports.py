@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PEERS = {"kronfluence", "dattri_llm", "dattri", "einconv", "einops", "opt_einsum"}
+PEERS = {"kronfluence", "dattri_llm", "dattri", "einconv", "einops", "opt_einsum", "bergson"}
 
 
 def _imported(path: Path) -> set[str]:
