@@ -24,6 +24,7 @@ SECONDS = 600
 OF_A_RUN = {
     *("id", "created_at", "finished_at", "state_times", "timings", "href", "links", "seconds"),
     *("version", "audits", "request", "busy_seconds", "samples_per_second", "kept"),
+    "tokens_per_second",
 }
 
 

@@ -27,7 +27,7 @@ def test_an_audit_survives_kill_9_and_a_restart_to_the_byte(
     checkpoint = service.data_dir / "audits" / audit_id / "fine_tune" / "checkpoint.safetensors"
     service.wait_for(checkpoint.exists, seconds=60)
     service.kill_worker()
-    service.reach(audit_id, "gradients", seconds=120)
+    service.reach(audit_id, "gradients", seconds=240)
     facts = service.data_dir / "audits" / audit_id / "facts"
     service.wait_for(lambda: any(facts.glob("0*.safetensors")), seconds=60)
     service.kill_worker()
