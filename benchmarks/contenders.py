@@ -2,7 +2,8 @@
 
 Every contender is given the model and the samples in the same batches, and returns the dot products
 of the gradients of every LoRA factor, float32 [F, V, T] with the samples in batch order. What they
-import is imported when they run, so that none pays for another.
+import is imported when they run, so that none pays for another (PLC0415); most of it carries no
+types, so what it hands over is Any (ANN401).
 
 Shapes: F LoRA factors, V validation samples, T training samples, B batch.
 """

@@ -36,8 +36,9 @@ from workers.pipeline.artifacts import Artifacts, write_tensors
 from workers.pipeline.layout import ModelLayout
 from workers.pipeline.publish import RankedSet, write_files
 from workers.pipeline.samples import SCHEMA, SampleSet, write_samples
-from workers.pipeline.scores import Scorer, ValidationChoice
+from workers.pipeline.scores import Scorer
 from workers.pipeline.training_facts import TrainingFacts
+from workers.pipeline.validation_choice import ValidationChoice
 
 ESTIMATOR = "grad_cosine"
 SAMPLES_PER_SHARD = 1000

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.settings import Settings
 from app.work import repository as work
-from app.work.repository import Claim, LeaseLost
+from app.work.claims import Claim, LeaseLost
 
 log = structlog.get_logger()
 

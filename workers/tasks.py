@@ -23,9 +23,9 @@ from app.shared_files import share_files
 from app.storage import WAITING, is_disk_full
 from app.tracing import note_failure, span, start_tracing, stop_tracing
 from app.work import repository as work
+from app.work.claims import CancelPending, Claim, Failure, LeaseLost
 from app.work.fairness import claim_in_turn
 from app.work.models import Stage, WorkUnit
-from app.work.repository import CancelPending, Claim, Failure, LeaseLost
 from workers.lease import CancelRequested, Draining, Hold, HoldLost
 
 DRAIN_SIGNAL = signal.SIGUSR2  # Celery and billiard use SIGUSR1 themselves

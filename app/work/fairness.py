@@ -11,8 +11,9 @@ from app.audits.models import Audit
 from app.jobs import queue_of, stages_of_queue
 from app.limits.models import WorkerUsage
 from app.limits.usage import TODAY
+from app.work.claims import Claim
 from app.work.models import Stage, UnitState, WorkUnit
-from app.work.repository import Claim, claim
+from app.work.repository import claim
 
 MAX_RIVALS = 20
 

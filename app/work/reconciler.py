@@ -24,10 +24,11 @@ from app.settings import Settings
 from app.storage import WAITING, has_room
 from app.trail.models import TrailEntry
 from app.webhooks.models import WebhookDelivery
+from app.work.claims import Failure
 from app.work.leftovers import forget_copies, remove_leftovers
 from app.work.models import UnitState, WorkerHeartbeat, WorkUnit
 from app.work.purging import expire_audits, sweep
-from app.work.repository import Failure, Owner, fail_owner, settle_cancel
+from app.work.repository import Owner, fail_owner, settle_cancel
 from app.work.retention import expire_influence
 from app.work.stragglers import stragglers
 

@@ -6,7 +6,6 @@ holders: the one before may still finish it, and do nothing else to it. Attempts
 work begins, so a unit that kills its worker is tried a bounded number of times.
 """
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -17,6 +16,7 @@ from app.audits.models import Audit, AuditState, Ranking, RankingState
 from app.db import new_id, transaction
 from app.limits.usage import charge
 from app.webhooks.outbox import owe_end
+from app.work.claims import CancelPending, Claim, Failure, LeaseLost
 from app.work.models import Stage, UnitState, WorkUnit
 from app.work.progress import report_progress
 from app.work.stages import (
@@ -29,37 +29,6 @@ from app.work.stragglers import stragglers
 
 Owner = Audit | Ranking
 """Whose unit it is: an audit that runs, or a ranking of an audit that has ended."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A worker's hold on one unit of work."""
-
-    unit_id: str
-    audit_id: str
-    stage: Stage
-    position: int
-    epoch: int
-    attempts: int
-    ranking_id: str | None = None
-    traceparent: str | None = None  # of the request that the audit or ranking came by
-
-
-class LeaseLost(Exception):
-    """Another worker has the unit, or its owner has ended or is gone; drop its result."""
-
-
-class CancelPending(LeaseLost):
-    """The unit is done, but its audit is being cancelled."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why it failed: a stable code, a sentence that says what to change, the field."""
-
-    code: str
-    message: str
-    field: str | None = None
 
 
 def claim(

@@ -11,11 +11,12 @@ from app.audits.models import Audit, AuditState, RankedSample, TrainingSample
 from app.db import transaction
 from app.settings import Settings
 from app.work import repository as work
+from app.work.claims import Claim
 from app.work.models import UnitState, WorkUnit
 from tests.factories import make_audit, make_ended_audit, make_finished_audit
 
 
-def claim_of(engine: Engine, audit: Audit) -> work.Claim:
+def claim_of(engine: Engine, audit: Audit) -> Claim:
     """Take an audit's unit of work, as a worker does."""
     with Session(engine) as session:
         unit_id = session.scalars(select(WorkUnit.id).where(WorkUnit.audit_id == audit.id)).one()

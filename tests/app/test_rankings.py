@@ -16,8 +16,8 @@ from app.db import transaction
 from app.main import create_app
 from app.settings import Settings
 from app.work import repository as work
+from app.work.claims import Failure
 from app.work.models import Stage, WorkUnit
-from app.work.repository import Failure
 from tests.factories import (
     long_ago,
     make_audit,

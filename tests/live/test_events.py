@@ -17,8 +17,8 @@ from app.db import transaction
 from app.live.watcher import Watcher
 from app.settings import Settings
 from app.work import repository as work
+from app.work.claims import Claim, Failure
 from app.work.models import WorkUnit
-from app.work.repository import Claim
 from tests.factories import (
     experiment_body,
     finish_experiment,
@@ -138,7 +138,7 @@ def test_rankings_and_experiments_are_followed_the_same_way(
         assert next(events).data["state"] == "queued"
         with transaction(engine) as session:
             row = session.merge(ranking)
-            work.fail_owner(session, row, work.Failure("broken", "It broke."))
+            work.fail_owner(session, row, Failure("broken", "It broke."))
         (last,) = events
         assert (last.name, last.data["state"]) == ("done", "failed")
     experiment_id = client.post("/v1/experiments", json=experiment_body()).json()["id"]
@@ -193,7 +193,7 @@ def test_a_hundred_listeners_take_neither_connections_nor_threads(
         started = time.monotonic()
         assert client.get(path_of(audit)).status_code == 200
         assert time.monotonic() - started < 2
-        work.fail(engine, claim, work.Failure("broken", "It broke."))
+        work.fail(engine, claim, Failure("broken", "It broke."))
         assert {end.result(30) for end in ends} == {"done"}
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from app.audits.schemas import AuditRequest
 from app.settings import Settings
+from app.work.claims import Claim
 from app.work.models import Stage
-from app.work.repository import Claim
 from tests.factories import request_body
 from workers.lease import Hold
 from workers.pipeline.artifacts import Artifacts, write_tensors

@@ -11,8 +11,9 @@ from app.audits.schemas import Configuration
 from workers.influence.estimators import ESTIMATORS
 from workers.pipeline.artifacts import Artifacts, write_tensors
 from workers.pipeline.layout import ModelLayout
-from workers.pipeline.scores import Scorer, ValidationChoice
+from workers.pipeline.scores import Scorer
 from workers.pipeline.training_facts import TrainingFacts
+from workers.pipeline.validation_choice import ValidationChoice
 
 NUM_TRAIN, NUM_VALIDATION, NUM_CLASSES, NUM_BLOCKS, NUM_CHECKPOINTS = 13, 5, 3, 4, 2
 LAYOUT: dict[str, Any] = {

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from app.audits.models import Audit
 from app.audits.schemas import AuditRequest, Configuration, RankingSpecification
+from app.work.claims import Claim
 from app.work.models import Stage
-from app.work.repository import Claim
 from tests import oracles
 from tests.influence import aggregation_oracles
 from tests.pipeline import tiny

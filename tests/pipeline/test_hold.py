@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 from app.audits.models import Audit
 from app.db import transaction
 from app.work import repository as work
-from app.work.repository import Claim
+from app.work.claims import Claim
 from tests.factories import make_audit
 from tests.pipeline.workplace import Workplace
 from workers.lease import (

@@ -16,8 +16,8 @@ from transformers import BertForSequenceClassification, get_linear_schedule_with
 from app.audits.models import Audit, Ranking
 from app.db import transaction
 from app.work import repository as work
+from app.work.claims import Claim
 from app.work.models import Stage
-from app.work.repository import Claim
 from tests.pipeline.conftest import Models
 from tests.pipeline.tiny import bert_config, reviews
 from tests.pipeline.workplace import Workplace, interrupted, results

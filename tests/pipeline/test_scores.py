@@ -18,8 +18,9 @@ from workers.influence.estimators import ESTIMATORS
 from workers.pipeline import column_source
 from workers.pipeline.artifacts import Artifacts, read_json, read_tensors
 from workers.pipeline.layout import ModelLayout
-from workers.pipeline.scores import Scorer, ValidationChoice
+from workers.pipeline.scores import Scorer
 from workers.pipeline.training_facts import TrainingFacts
+from workers.pipeline.validation_choice import ValidationChoice
 
 # Three classes: with two, the gradient of the head's bias has one direction, every cosine is 1 or
 # -1 but for rounding, and so are the ranks.

@@ -23,8 +23,8 @@ from app.audits.schemas import AuditRequest
 from app.db import new_id, transaction
 from app.settings import Settings
 from app.work import repository as work
+from app.work.claims import Claim
 from app.work.models import Stage, UnitState, WorkUnit
-from app.work.repository import Claim
 from tests.factories import TENANT
 from tests.pipeline.tiny import reviews, write_table
 from workers.lease import Draining, Hold

@@ -15,9 +15,9 @@ from app.db import new_id, transaction
 from app.settings import Settings
 from app.webhooks.models import EventType, Webhook, WebhookDelivery
 from app.work import repository as work
+from app.work.claims import Claim, Failure
 from app.work.models import UnitState, WorkUnit
 from app.work.reconciler import _forget_old_rows
-from app.work.repository import Claim, Failure
 from tests.factories import experiment_body, long_ago, make_audit, make_finished_audit, make_ranking
 
 FAILURE = Failure("diverged", "Lower the learning rate.")

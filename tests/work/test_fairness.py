@@ -14,9 +14,9 @@ from app.db import transaction
 from app.jobs import CPU_QUEUE_NAME, FETCH_QUEUE_NAME, QUEUE_NAME, send_units
 from app.settings import Settings
 from app.work import repository as work
+from app.work.claims import Claim
 from app.work.fairness import claim_in_turn
 from app.work.models import Stage, UnitState, WorkUnit
-from app.work.repository import Claim
 from tests.factories import (
     long_ago,
     make_audit,

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 from app.audits.models import Audit, AuditState
 from app.db import transaction
 from app.work import repository as work
+from app.work.claims import CancelPending, Claim, Failure, LeaseLost
 from app.work.models import Stage, UnitState, WorkUnit
-from app.work.repository import CancelPending, Claim, Failure, LeaseLost
 from app.work.restart import give_back_all_work
 from tests.factories import long_ago, make_audit
 

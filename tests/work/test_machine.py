@@ -21,9 +21,9 @@ from app.settings import Settings
 from app.storage import WAITING
 from app.work import repository as work
 from app.work import stragglers
+from app.work.claims import Claim, Failure, LeaseLost
 from app.work.models import Stage, UnitState, WorkUnit
 from app.work.reconciler import reconcile
-from app.work.repository import Claim, Failure, LeaseLost
 from tests.factories import long_ago, make_audit, make_ranking
 
 OPEN = {UnitState.READY, UnitState.RUNNING}

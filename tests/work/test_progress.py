@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 from app.audits.models import Audit
 from app.db import transaction
 from app.work import repository as work
+from app.work.claims import Claim, Failure
 from app.work.models import Stage, WorkUnit
-from app.work.repository import Claim, Failure
 from app.work.stages import busy_seconds, overall_progress, seconds_left, stages_of
 from tests.factories import long_ago, make_audit, stored_request
 from tests.work.test_leases import complete, now, take, take_first, units_of

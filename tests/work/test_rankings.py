@@ -21,9 +21,9 @@ from app.errors import Conflict
 from app.jobs import CPU_QUEUE_NAME, FETCH_QUEUE_NAME, queue_length, send_units
 from app.settings import Settings
 from app.work import repository as work
+from app.work.claims import Claim, Failure, LeaseLost
 from app.work.models import Stage, UnitState, WorkUnit
 from app.work.reconciler import reconcile
-from app.work.repository import Claim, Failure, LeaseLost
 from app.work.restart import give_back_all_work
 from tests.factories import TENANT, long_ago, make_audit, make_finished_audit, make_ranking
 

@@ -12,10 +12,10 @@ from app.db import transaction
 from app.jobs import queue_length
 from app.settings import Settings
 from app.work import repository as work
+from app.work.claims import Claim, Failure, LeaseLost
 from app.work.fairness import claim_in_turn
 from app.work.models import Stage, UnitState, WorkUnit
 from app.work.reconciler import reconcile
-from app.work.repository import Claim, Failure, LeaseLost
 from tests.factories import long_ago, make_audit
 
 NUM_SHARDS = 5

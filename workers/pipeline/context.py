@@ -15,8 +15,8 @@ from app.datasets.columns import DatasetLimits
 from app.datasets.storage import cache_folder
 from app.db import transaction
 from app.settings import Settings
+from app.work.claims import Claim
 from app.work.keeping import may_tidy
-from app.work.repository import Claim
 from workers.lease import Hold
 from workers.pipeline.artifacts import Artifacts
 from workers.sources.hub import Hub

@@ -4,7 +4,7 @@ import torch
 
 from app.datasets.files import DatasetError
 from app.references import InvalidReference
-from app.work.repository import Failure
+from app.work.claims import Failure
 from workers.influence.errors import InfluenceError
 from workers.sources.errors import SourceError
 

@@ -17,8 +17,9 @@ from workers.pipeline.prepared import Prepared
 from workers.pipeline.probe_samples import read_probes
 from workers.pipeline.probed_set import ProbedSet
 from workers.pipeline.samples import SampleSet
-from workers.pipeline.scores import Scorer, ValidationChoice
+from workers.pipeline.scores import Scorer
 from workers.pipeline.training_facts import TrainingFacts
+from workers.pipeline.validation_choice import ValidationChoice
 
 # Enough to tell configurations apart; the cost of choosing does not grow beyond.
 MAX_PROBED_SAMPLES = 4000

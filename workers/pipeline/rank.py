@@ -7,7 +7,7 @@ from app.audits.folders import audit_folder
 from app.audits.models import Audit, Ranking
 from app.settings import Settings
 from app.shared_files import remove_folder
-from app.work.repository import Claim, LeaseLost
+from app.work.claims import Claim, LeaseLost
 from workers.influence.layer_groups import UnknownLayers
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.failures import AuditRefused

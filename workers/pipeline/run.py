@@ -14,8 +14,8 @@ from app.audits.models import Audit, Ranking
 from app.audits.schemas import AuditRequest, Flag, RankingSpecification
 from app.catalogue import AUTO, EstimatorName
 from app.settings import Settings
+from app.work.claims import Claim
 from app.work.models import Stage
-from app.work.repository import Claim
 from workers.lease import Hold, HoldLost
 from workers.pipeline.aggregate import aggregate
 from workers.pipeline.checkpoints import compute_checkpoint

@@ -31,30 +31,10 @@ from workers.pipeline.layout import ALL, ModelLayout
 from workers.pipeline.probed_set import ProbedSet, ProbedSource
 from workers.pipeline.related import Related, find_related
 from workers.pipeline.training_facts import TrainingFacts
+from workers.pipeline.validation_choice import ValidationChoice
 
 PERCENTS = (10, 20, 30)
 _STEPS = 1000
-
-
-@dataclass(frozen=True)
-class ValidationChoice:
-    """Which validation samples count.
-
-    Attributes:
-        is_finite_V: whether loss and gradient are finite; the others are left out.
-        is_correct_V: whether `correct_only` keeps them.
-        class_V: their classes; NO_CLASS for a causal language model.
-    """
-
-    is_finite_V: Tensor
-    is_correct_V: Tensor
-    class_V: Tensor
-
-    @classmethod
-    def nothing(cls) -> "ValidationChoice":
-        """Return the choice of an audit without a validation set."""
-        none_V = torch.zeros(0, dtype=torch.bool)
-        return cls(none_V, none_V, torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
