@@ -103,3 +103,16 @@ def test_only_live_workers_of_shards_are_counted(engine: Engine) -> None:
                 )
             )
     assert count_workers(engine, stale_seconds=60) == 2
+
+
+def test_the_estimate_counts_shards_and_not_samples_where_pace_decides(
+    workplace: Workplace, models: Models
+) -> None:
+    """What every shard keeps is estimated for a handful of them, as it is when a number is set."""
+    data = workplace.reviews(num_train=60)
+    told = []
+    for size in (0, 1000):
+        place = workplace.with_settings(samples_per_shard=size)
+        audit = place.succeed(place.submit(models.classifier, **data, estimators=["ekfac"]))
+        told.append(audit.provenance["estimate"]["disk_bytes"])
+    assert told[0] == told[1]

@@ -26,6 +26,7 @@ from workers.pipeline.context import StageContext
 from workers.pipeline.fine_tune import add_adapters
 from workers.pipeline.memory import (
     FLOAT32,
+    SAMPLES_PER_SHARD,
     SHARD_BYTES,
     BatchLimits,
     MemoryPlan,
@@ -359,7 +360,7 @@ def _plan(context: StageContext, workload: Workload) -> MemoryPlan:
             workload,
             free_bytes=free_bytes(choose_device(settings.device)),
             tokens_per_batch=settings.tokens_per_batch,
-            samples_per_shard=settings.samples_per_shard,
+            samples_per_shard=settings.samples_per_shard or SAMPLES_PER_SHARD,
         )
     except InsufficientMemory:
         return MemoryPlan(BatchLimits(1, 1), 1, 0)

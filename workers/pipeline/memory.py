@@ -20,6 +20,7 @@ FLOAT32 = 4
 MAX_SAMPLES_PER_BATCH = 256
 MIN_TOKENS_PER_BATCH = 16
 SHARD_BYTES = 512 * 1024**2
+SAMPLES_PER_SHARD = 1000  # where no pace is known
 
 
 @dataclass(frozen=True)

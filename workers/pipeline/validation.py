@@ -33,7 +33,7 @@ from workers.pipeline.estimate import activation_bytes
 from workers.pipeline.estimating import estimators_of, wishes_of
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.layout import ModelLayout
-from workers.pipeline.memory import MemoryPlan, plan_memory, plan_shards
+from workers.pipeline.memory import SAMPLES_PER_SHARD, MemoryPlan, plan_memory, plan_shards
 from workers.pipeline.non_finite import check_share
 from workers.pipeline.pace import count_workers, plan_tokens
 from workers.pipeline.planning import Audited, demand_of
@@ -41,8 +41,6 @@ from workers.pipeline.probe_samples import num_probes
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.screening import least_loss
 from workers.pipeline.validation_rows import ValidationRows, collect_validation, write_rows
-
-SAMPLES_PER_SHARD = 1000  # where no pace is known
 
 
 def compute_validation(context: StageContext) -> StageOutput:
