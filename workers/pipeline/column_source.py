@@ -15,7 +15,7 @@ from workers.influence.estimators import SampleEstimator
 from workers.pipeline.artifacts import Artifacts, TensorFile
 from workers.pipeline.training_facts import TrainingFacts
 
-BLOCK_BYTES = 4 * 1024**2
+BLOCK_BYTES = 1024**2
 SAMPLE_BLOCK_BYTES = 16 * 1024**2
 FLOAT32 = 4
 

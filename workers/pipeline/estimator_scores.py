@@ -35,7 +35,7 @@ class EstimatorScores:
         aggregations: names.
         options: what the user set.
         choices: with which `correct_only` the scores will be asked for.
-        scratch: a folder for ranks; nothing stays in it.
+        scratch: a folder for ranks and sums; nothing stays in it.
         tick: is told the share of the passes that is done.
 
     Raises:
@@ -56,6 +56,8 @@ class EstimatorScores:
         tick: Callable[[float], None],
     ) -> None:
         self._source, self._choices, self._tick = source, choices, tick
+        self._scratch = scratch
+        scratch.mkdir(parents=True, exist_ok=True)
         self._shared: dict[str, Any] = {
             "groups": groups,
             "num_train": source.num_train,
@@ -88,7 +90,10 @@ class EstimatorScores:
     def _stream(self, names: Sequence[str], tiles: RankTiles | None) -> None:
         source = self._source
         aggregator = GroupAggregator(
-            **self._shared, aggregations=names, keep_ranks=tiles.write if tiles else None
+            **self._shared,
+            aggregations=names,
+            scratch=self._scratch,
+            keep_ranks=tiles.write if tiles else None,
         )
         asked = {row for rows in self._shared["groups"].values() for row in rows}
         for row in range(source.num_rows):

@@ -4,6 +4,7 @@ Shapes: T training samples, F those that are compared, V a block of validation s
 related ones.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,21 +36,19 @@ class Related:
     help_KT: Tensor
 
 
-def _lowest(
+def _take_in(
     value_KF: Tensor, index_KF: Tensor, mean_VF: Tensor, index_V: Tensor, *, sign: int
-) -> tuple[Tensor, Tensor]:
-    """Return the lowest of what was kept and of a further block, some samples at a time."""
-    values, indices = [], []
+) -> None:
+    """Keep the lowest of what was kept and of a further block, some samples at a time."""
     index_V1 = index_V[:, None]
     for kept_KB, kept_index_KB, mean_VB in zip(
         *(each.split(_SAMPLES, dim=1) for each in (value_KF, index_KF, mean_VF)), strict=True
     ):
         candidate = torch.cat([kept_KB, mean_VB])
         candidate_index = torch.cat([kept_index_KB, index_V1.expand_as(mean_VB)])
-        order = lowest_places(sign * candidate, NUM_RELATED)
-        values.append(candidate.gather(0, order))
-        indices.append(candidate_index.gather(0, order))
-    return torch.cat(values, dim=1), torch.cat(indices, dim=1)
+        order = lowest_places(sign * candidate, len(kept_KB))
+        kept_KB.copy_(candidate.gather(0, order))
+        kept_index_KB.copy_(candidate_index.gather(0, order))
 
 
 def find_related(
@@ -69,23 +68,26 @@ def find_related(
         index_V: the validation index of every column.
         keep_alive: is called again and again.
     """
-    best: list[tuple[Tensor, Tensor]] = [
-        (torch.empty(0, reader.num_train), torch.empty(0, reader.num_train, dtype=torch.int64))
-        for _ in range(2)
-    ]
+    index_V = index_V.int()
+    # what is kept of nothing loses to whatever comes
+    shape = min(NUM_RELATED, reader.num_columns), reader.num_train
+    best = {
+        sign: (torch.full(shape, sign * math.inf), torch.zeros(shape, dtype=torch.int32))
+        for sign in (1, -1)
+    }
     for columns in reader.column_blocks():
         mean_VF = torch.zeros(columns.stop - columns.start, reader.num_train, dtype=torch.float64)
         for row in rows:
             keep_alive()
             mean_VF += reader.read(row, columns)
         mean_VF = (mean_VF / len(rows)).float()
-        best = [
-            _lowest(*each, mean_VF, index_V[columns], sign=sign)
-            for each, sign in zip(best, (1, -1), strict=True)
-        ]
-    (harm_KF, harmed_KF), (help_KF, helped_KF) = best
+        for sign, (value_KF, index_KF) in best.items():
+            _take_in(value_KF, index_KF, mean_VF, index_V[columns], sign=sign)
+    (harm_KF, harmed_KF), (help_KF, helped_KF) = best.values()
 
     def spread(value_KF: Tensor, default_K: Tensor) -> Tensor:
+        if reader.num_train == len(facts):
+            return value_KF
         value_KT = default_K[:, None].repeat(1, len(facts))
         value_KT[:, facts.compared_F] = value_KF
         return value_KT

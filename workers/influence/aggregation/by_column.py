@@ -5,6 +5,7 @@ Shapes: T training samples, V a block of validation samples, C columns.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from workers.influence.aggregation.base import (
     ColumnBlock,
 )
 from workers.influence.aggregation.choice import ColumnChoice
+from workers.influence.aggregation.module_sums import ModuleSums
 from workers.influence.aggregation.ordering import rank_columns
 from workers.influence.aggregation.registry import COLUMN_AGGREGATIONS
 from workers.influence.errors import NonFiniteInfluence
@@ -44,8 +46,8 @@ class GroupAggregator:
     for its ranks. The scores do not depend, to the bit, on how the validation samples are cut into
     blocks.
 
-    Memory is 16 bytes per training sample, group and aggregation, and as much for the module that
-    has begun.
+    Memory is 16 bytes per training sample and aggregation, for the module that has begun. What the
+    others added waits on disk until a group is asked for.
 
     Args:
         groups: for every group the modules in it, such as `layer_groups` gives.
@@ -55,6 +57,7 @@ class GroupAggregator:
         aggregations: names from `COLUMN_AGGREGATIONS`.
         options: what the user set.
         device: where the influence will be.
+        scratch: a folder for what waits; None is the system's own for temporary files.
         keep_ranks: is given the ranks in every block of columns, of module m and validation sample
             j at position m · V + j.
 
@@ -71,6 +74,7 @@ class GroupAggregator:
         aggregations: Sequence[str] = tuple(COLUMN_AGGREGATIONS),
         options: AggregationOptions = _DEFAULT,
         device: torch.device | str = "cpu",
+        scratch: Path | None = None,
         keep_ranks: KeepRanks | None = None,
     ) -> None:
         if unknown := sorted(set(aggregations) - set(COLUMN_AGGREGATIONS)):
@@ -84,8 +88,9 @@ class GroupAggregator:
         self._needs_order = keep_ranks is not None or any(
             aggregation.needs_order for aggregation in self._aggregations
         )
-        self._groups = {name: self._nothing() for name in groups}
+        self._groups = {name: sorted(modules) for name, modules in groups.items()}
         self._missing = {name: set(modules) for name, modules in groups.items()}
+        self._sums = ModuleSums(scratch)
         self._open: _Kept | None = None
         self._module = -1
 
@@ -151,8 +156,12 @@ class GroupAggregator:
             raise ValueError(
                 f"group '{group}' still misses modules {sorted(self._missing[group])}."
             )
-        rest_T, correct_T = self._groups[group].by_aggregation[aggregation]
         method = COLUMN_AGGREGATIONS[aggregation]
+        rest_T, correct_T = self._start(method), self._start(method)
+        for module in self._groups[group]:
+            more_rest_T, more_correct_T = self._sums.get(module, aggregation)
+            rest_T = method.merge(rest_T, more_rest_T.to(self._device))
+            correct_T = method.merge(correct_T, more_correct_T.to(self._device))
         if self._choice.uses_correct(correct_only=correct_only):
             kept_T = correct_T
         else:
@@ -178,7 +187,7 @@ class GroupAggregator:
                     f"module {module} comes after module {self._module}: modules come once, in "
                     "ascending order, or their sums would depend on the order."
                 )
-            if not any(module in modules for modules in self._missing.values()):
+            if not any(module in modules for modules in self._groups.values()):
                 raise ValueError(f"module {module} is in no group.")
             self._open, self._module = self._nothing(), module
         if module != self._module:
@@ -192,15 +201,7 @@ class GroupAggregator:
 
     def _close(self, kept: _Kept) -> None:
         self._open = None
-        for group, missing in self._missing.items():
-            if self._module not in missing:
-                continue
-            missing.remove(self._module)
-            pairs = self._groups[group].by_aggregation
-            for aggregation in self._aggregations:
-                pairs[aggregation.name] = [
-                    aggregation.merge(ours_T, theirs_T)
-                    for ours_T, theirs_T in zip(
-                        pairs[aggregation.name], kept.by_aggregation[aggregation.name], strict=True
-                    )
-                ]
+        for missing in self._missing.values():
+            missing.discard(self._module)
+        for aggregation, pair in kept.by_aggregation.items():
+            self._sums.put(self._module, aggregation, pair)
