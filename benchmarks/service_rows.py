@@ -201,23 +201,25 @@ def rows_out(
 ) -> None:
     """Print what the worker's files cost beside Arrow's own writers."""
     folder = audit_folder(data_dir, audit_id) / Ranking.folder_of(ranking_id)
-    with _timed() as ours:
+    with _timed() as together:
         files = write_files(ranked, folder)
     with transaction(engine) as session:
         ranking = session.get_one(Ranking, ranking_id)
         ranking.summary = {**ranking.summary, "files": files}
     table = pq.read_table(folder / "suspects.parquet")
-    costs: dict[str, Cost] = {}
+    ours: dict[str, Cost] = {}
+    plain: dict[str, Cost] = {}
+    print(f"{table.num_rows:,} rows into files, alone and beside Arrow's own writer")
     for name, write in PLAIN.items():
-        with _timed() as costs[name]:
+        with _timed() as ours[name]:
+            write_files(ranked, folder, [name])
+        with _timed() as plain[name]:
             write(table, folder / f"plain.{name}")
         (folder / f"plain.{name}").unlink()
-    print(f"{table.num_rows:,} rows into suspects.csv, .jsonl and .parquet")
-    print(f"  {'as a worker does, all three':40} {ours}")
-    for name, cost in costs.items():
-        print(f"  {f'plain {name}':40} {cost}")
-    plain = sum(cost.cpu for cost in costs.values())
-    print(f"  CPU, times that of the three plain ones: {ours.cpu / plain:.2f}")
+        times = ours[name].cpu / plain[name].cpu
+        print(f"  {name:10} {ours[name]}; plain: {plain[name]}; {times:.2f} times")
+    times = together.cpu / sum(cost.cpu for cost in plain.values())
+    print(f"  {'all three':10} {together}; {times:.2f} times the three plain ones")
 
 
 def _plain_jsonl(table: pa.Table, path: Path) -> None:

@@ -3,7 +3,8 @@
 Shapes: T training samples, G layer groups, K related samples.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ RANKED_ROWS = pa.schema(
     }
 )
 
+WriteTable = Callable[[pa.Table], object]
+
 _IN_CSV = {pa.float32(): pa.float64(), pa.bool_(): pa.string()}
 _CSV_SCHEMA = pa.schema({field.name: _IN_CSV.get(field.type, field.type) for field in FILE_SCHEMA})
 _CSV = WriteOptions(eol="\r\n", quoting_header="none")
@@ -190,24 +193,47 @@ def name_labels(class_N: Tensor, labels: Sequence[str]) -> list[str | None]:
     return [None if index == NO_CLASS else labels[index] for index in class_N.tolist()]
 
 
-def write_files(ranked: RankedSet, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write suspects.parquet, .csv and .jsonl; return their sizes and SHA-256."""
-    paths = {name: folder / f"suspects.{name}" for name in ("parquet", "csv", "jsonl")}
-    with (
-        atomically(paths["parquet"]) as parquet_path,
-        atomically(paths["csv"]) as csv_path,
-        atomically(paths["jsonl"]) as jsonl_path,
-        pq.ParquetWriter(parquet_path, FILE_SCHEMA, compression="zstd") as parquet,
-        CSVWriter(csv_path, _CSV_SCHEMA, write_options=_CSV) as csv_file,
-        jsonl_path.open("wb") as jsonl_file,
-    ):
+@contextmanager
+def _parquet(path: Path) -> Iterator[WriteTable]:
+    with pq.ParquetWriter(path, FILE_SCHEMA, compression="zstd") as file:
+        yield file.write_table
+
+
+@contextmanager
+def _csv(path: Path) -> Iterator[WriteTable]:
+    with CSVWriter(path, _CSV_SCHEMA, write_options=_CSV) as file:
+        yield lambda table: file.write_table(_as_csv(table))
+
+
+@contextmanager
+def _jsonl(path: Path) -> Iterator[WriteTable]:
+    with path.open("wb") as file:
+        yield lambda table: file.writelines(
+            orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in table.to_pylist()
+        )
+
+
+FORMATS: Mapping[str, Callable[[Path], AbstractContextManager[WriteTable]]] = {
+    "parquet": _parquet,
+    "csv": _csv,
+    "jsonl": _jsonl,
+}
+
+
+def write_files(
+    ranked: RankedSet, folder: Path, formats: Sequence[str] = tuple(FORMATS)
+) -> dict[str, dict[str, Any]]:
+    """Write `suspects.<format>`, and return the files' sizes and SHA-256."""
+    paths = {name: folder / f"suspects.{name}" for name in formats}
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(FORMATS[name](stack.enter_context(atomically(path))))
+            for name, path in paths.items()
+        ]
         for first, index_N in ranked.chunks():
             table = pa.table(ranked.file_rows(index_N, first), schema=FILE_SCHEMA)
-            parquet.write_table(table)
-            csv_file.write_table(_as_csv(table))
-            jsonl_file.writelines(
-                orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in table.to_pylist()
-            )
+            for write in writers:
+                write(table)
     return {
         name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for name, path in paths.items()
@@ -295,7 +321,7 @@ def _validation_rows(
 
 def _ranked_rows(ranking_id: str, ranked: RankedSet) -> Iterator[Columns]:
     score_GT = torch.stack(list(ranked.group_scores.values()))
-    rank_GT = torch.stack([order_by_score(score_T).argsort() for score_T in score_GT])
+    rank_GT = torch.stack([order_by_score(score_T).argsort().int() for score_T in score_GT])
     related = ranked.related
     for first, index_N in ranked.chunks():
         nothing: list[list[Any]] = [[]] * len(index_N)
