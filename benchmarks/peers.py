@@ -5,7 +5,8 @@ computes is the dot product of every training with every validation sample for e
 the gradients of both included, in float32 on one thread, in evaluation mode. Every run is a process
 of its own; runs are interleaved. Told are the CPU seconds of the work itself (no imports, no
 loading), and the peak of the process's memory above what it held before. The yardstick is a plain
-epoch (forward, `loss.backward()`) over the same batches. Every result is compared with Winnow's.
+epoch (forward, `loss.backward()`). Each is measured with batches of every size asked for, the
+yardstick too, and told at its fastest. Every result is compared with Winnow's.
 
 Run it: `.venv/bin/python -m pip install --no-deps -r requirements-peers.txt`, then
 `.venv/bin/python -m benchmarks.peers`
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -40,37 +42,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-train", type=int, default=1000)
     parser.add_argument("--num-validation", type=int, default=500)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         _run_one(options)
         return
     names = list(dict.fromkeys([YARDSTICK, OURS, *options.contenders]))
-    figures: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    runs = [
+        Run(name, size)
+        for name in names
+        # batches are nothing to the loop
+        for size in (options.batch_sizes if name != LOOP else options.batch_sizes[:1])
+    ]
+    figures: dict[Run, list[tuple[float, float]]] = {run: [] for run in runs}
     errors: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="winnow-peers-") as folder:
         for _ in range(options.repeats):
-            for name in names:
-                figures[name].append(_measure(name, options, Path(folder)))
-                if name != YARDSTICK:
-                    errors[name] = _difference(Path(folder), name)
+            for run in runs:
+                figures[run].append(_measure(run, options, Path(folder)))
+                if run.name != YARDSTICK:
+                    errors[run.name] = max(errors.get(run.name, 0), _difference(Path(folder), run))
     _print(figures, errors, options)
 
 
-def _measure(name: str, options: argparse.Namespace, folder: Path) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Run:
+    """A contender with batches of some size."""
+
+    name: str
+    batch_size: int
+
+
+def _measure(run: Run, options: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """Return CPU seconds and megabytes of one contender, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.peers", "--one", name]
-    command += ["--result", str(folder / f"{name}.pt"), "--batch-size", str(options.batch_size)]
+    command = [sys.executable, "-m", "benchmarks.peers", "--one", run.name]
+    command += ["--result", str(_result(folder, run)), "--batch-size", str(run.batch_size)]
     command += ["--num-train", str(options.num_train)]
     command += ["--num-validation", str(options.num_validation)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
-        raise SystemExit(f"{name} failed:\n{child.stderr[-3000:]}")
+        raise SystemExit(f"{run} failed:\n{child.stderr[-3000:]}")
     figures = json.loads(child.stdout.splitlines()[-1])
     return figures["seconds"], figures["megabytes"]
 
@@ -122,32 +139,54 @@ class _PeakMemory:
             self._peak = max(self._peak, self._process.memory_info().rss)
 
 
-def _difference(folder: Path, name: str) -> float:
+def _result(folder: Path, run: Run) -> Path:
+    return folder / f"{run.name}-{run.batch_size}.pt"
+
+
+def _difference(folder: Path, run: Run) -> float:
     """Return the largest difference to ours, of each factor's largest influence."""
-    ours, theirs = (torch.load(folder / f"{each}.pt") for each in (OURS, name))
-    error_F = (ours - theirs).abs().amax(dim=(1, 2)) / ours.abs().amax(dim=(1, 2))
-    return float(error_F.max())
+    ours = torch.load(_result(folder, Run(OURS, run.batch_size)))
+    error_F = (ours - torch.load(_result(folder, run))).abs().amax(dim=(1, 2))
+    return float((error_F / ours.abs().amax(dim=(1, 2))).max())
 
 
 def _print(
-    figures: dict[str, list[tuple[float, float]]],
+    figures: dict[Run, list[tuple[float, float]]],
     errors: dict[str, float],
     options: argparse.Namespace,
 ) -> None:
-    seconds = {name: statistics.median(each for each, _ in runs) for name, runs in figures.items()}
-    megabytes = {
-        name: statistics.median(each for _, each in runs) for name, runs in figures.items()
+    medians = {
+        run: tuple(statistics.median(values) for values in zip(*measured, strict=True))
+        for run, measured in figures.items()
     }
+    for run, (spent, peak) in medians.items():
+        print(f"{run.name}, batches of {run.batch_size}: {spent:.1f} CPU s, {peak:.0f} MB")
+    names = list(dict.fromkeys(run.name for run in figures))
+    best = {
+        name: min((run for run in figures if run.name == name), key=lambda run: medians[run][0])
+        for name in names
+    }
+    seconds = {name: medians[run][0] for name, run in best.items()}
+    megabytes = {name: medians[run][1] for name, run in best.items()}
     table = Table(
         title=f"{options.num_train} training × {options.num_validation} validation samples, "
-        f"batches of {options.batch_size}, median of {options.repeats}"
+        f"each at its fastest, median of {options.repeats}"
     )
     table.add_column("contender")
-    for heading in ("CPU s", "× plain epoch", "× Winnow", "peak MB", "× Winnow", "difference"):
+    for heading in (
+        "batch",
+        "CPU s",
+        "× plain epoch",
+        "× Winnow",
+        "peak MB",
+        "× Winnow",
+        "difference",
+    ):
         table.add_column(heading, justify="right")
-    for name in figures:
+    for name in names:
         table.add_row(
             name,
+            str(best[name].batch_size) if name != LOOP else "1",
             f"{seconds[name]:.1f}",
             f"{seconds[name] / seconds[YARDSTICK]:.2f}",
             f"{seconds[name] / seconds[OURS]:.2f}",
