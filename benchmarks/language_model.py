@@ -87,7 +87,9 @@ def main() -> None:
     with local_worker() as worker:
         for seed in options.seeds:
             sets = draw(options.task, seed, num_train, num_validation)
-            audit = run_audit(worker, options.task, sets, seed=seed, epochs=options.epochs)
+            audit = worker.run(
+                request_of(worker, options.task, sets, seed=seed, epochs=options.epochs)
+            )
             detected += [
                 {
                     "estimator": item["estimator"],
@@ -128,15 +130,15 @@ def draw(
     return tuple(sets)
 
 
-def run_audit(
+def request_of(
     worker: LocalWorker,
     task: str,
     sets: tuple[dict[str, list[Any]], ...],
     *,
     seed: int,
     epochs: int,
-) -> Audit:
-    """Fine-tune and audit the model."""
+) -> dict[str, Any]:
+    """Return what is asked for: fine-tune the model and audit the training set."""
     is_causal = task == "grammars"
     fields = ("prompt", "completion") if is_causal else ("text", "label")
     sources = {
@@ -146,19 +148,17 @@ def run_audit(
         }
         for name, columns in zip(("train", "validation"), sets, strict=True)
     }
-    return worker.run(
-        {
-            "task": "causal_lm" if is_causal else "classification",
-            "model": {"reference": MODEL.as_uri()},
-            **sources,
-            "fine_tune": {"epochs": epochs, "seed": seed, "batch_size": 8},
-            "plant_noise": {"fraction": 0.2, "seed": seed},
-            "estimators": [*ESTIMATORS_USED, *(() if is_causal else OF_CLASSES)],
-            "aggregations": AGGREGATIONS,
-            "max_tokens": 96,
-            "seed": seed,
-        }
-    )
+    return {
+        "task": "causal_lm" if is_causal else "classification",
+        "model": {"reference": MODEL.as_uri()},
+        **sources,
+        "fine_tune": {"epochs": epochs, "seed": seed, "batch_size": 8},
+        "plant_noise": {"fraction": 0.2, "seed": seed},
+        "estimators": [*ESTIMATORS_USED, *(() if is_causal else OF_CLASSES)],
+        "aggregations": AGGREGATIONS,
+        "max_tokens": 96,
+        "seed": seed,
+    }
 
 
 def retrieve(
