@@ -149,7 +149,10 @@ class Settings(BaseSettings):
         description="Training samples in one shard; 0 for as many as WINNOW_SHARD_SECONDS is for.",
     )
     tokens_per_batch: int = Field(
-        4096, ge=16, description="Padded tokens in one gradient batch; halved when memory is short."
+        0,
+        ge=0,
+        description="Padded tokens in one gradient batch, halved when memory is short; 0 for 1,024 "
+        "on a CPU, where more no longer fit into its caches, and 4,096 on a GPU.",
     )
     max_gradient_cache_bytes: int = Field(
         20 * 1024**3,

@@ -33,7 +33,7 @@ from benchmarks import claims, memory
 from benchmarks.gradients import load_samples
 from benchmarks.local_worker import local_worker
 from workers.lease import REPORTS_PER_HEARTBEAT
-from workers.pipeline.pace import plan_tokens
+from workers.pipeline.pace import largest_shard, plan_tokens
 
 SAMPLES = (10**6, 10**7, 10**8, 10**9)
 WORKERS = (1, 10, 100, 1_000)
@@ -169,7 +169,7 @@ def num_units(constants: Constants, num_samples: int, num_workers: int) -> int:
         shard_seconds=constants.shard_seconds,
         num_workers=num_workers,
     )
-    return math.ceil(num_samples / a_shard)
+    return math.ceil(num_samples / min(a_shard, largest_shard(num_samples)))
 
 
 def measured() -> Constants:

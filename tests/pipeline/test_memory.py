@@ -129,7 +129,7 @@ AUDIT = Workload(
     activation_bytes=220_000,
     keeps_gradients=True,
 )
-ASKED = {"tokens_per_batch": 4096, "samples_per_shard": 1000}
+ASKED = {"tokens_per_batch": 4096}
 
 
 @given(
@@ -157,19 +157,16 @@ def test_a_plan_fits_or_is_refused(
         return
     plan = plan_memory(workload, free_bytes=free, **ASKED)
     assert plan.held_bytes == held
-    assert 1 <= plan.samples_per_shard <= 1000
     assert 16 <= plan.limits.tokens <= 4096
     assert 1 <= plan.limits.samples <= 256
     # a batch's own gradients, in a quarter of what is free beside what is held
     batch = plan.limits.samples * 4 * parameters
     assert batch <= (free - held) // 4 or plan.limits.samples == 1
-    buffers = plan.samples_per_shard * 4 * (26 * validation * pairwise + parameters)
-    assert buffers <= 512 * 2**20 or plan.samples_per_shard == 1
 
 
 def test_plenty_of_memory_leaves_the_settings_as_they_are() -> None:
     plan = plan_memory(AUDIT, free_bytes=2**36, **ASKED)
-    assert (plan.limits, plan.samples_per_shard) == (BatchLimits(4096, 256), 1000)
+    assert plan.limits == BatchLimits(4096, 256)
 
 
 def test_a_large_vocabulary_makes_smaller_batches() -> None:

@@ -15,7 +15,15 @@ from app.work.models import Stage, WorkerHeartbeat
 from tests.pipeline.conftest import Models
 from tests.pipeline.workplace import Workplace, results
 from workers.pipeline.memory import BatchLimits, plan_shards
-from workers.pipeline.pace import LEAST_SECONDS, MAX_SHARDS, Pace, count_workers, plan_tokens
+from workers.pipeline.pace import (
+    LEAST_SECONDS,
+    MAX_SHARDS,
+    MOST_SAMPLES_PER_SHARD,
+    Pace,
+    count_workers,
+    largest_shard,
+    plan_tokens,
+)
 
 
 def plan(num_tokens: int, *, num_workers: int = 1, pace: float = 100.0) -> int:
@@ -39,6 +47,11 @@ def test_a_small_one_is_cut_for_the_workers_there_are() -> None:
 
 def test_a_huge_one_has_larger_shards_rather_than_more() -> None:
     assert plan(10**9) == 10**9 // MAX_SHARDS
+
+
+def test_a_shard_has_so_many_samples_at_most_however_fast_a_worker_is() -> None:
+    assert largest_shard(10**6) == MOST_SAMPLES_PER_SHARD
+    assert largest_shard(10**9) == 10**9 // MAX_SHARDS
 
 
 def test_the_pace_is_the_median_of_what_went_well() -> None:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from app.shared_files import fetch
 from workers.influence.estimators.tracin import TracIn
-from workers.pipeline.artifacts import Artifacts, TensorFile, read_json, write_tensors
+from workers.pipeline.artifacts import Artifacts, TensorFile, read_json
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.memory import in_batches
 from workers.pipeline.non_finite import check_share
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.screening import compared, narrowed
+from workers.pipeline.tensor_writer import writing_influence
 from workers.pipeline.validation_rows import collect_validation, write_rows
 
 
@@ -44,26 +45,24 @@ def compute_checkpoint(context: StageContext) -> StageOutput:
     weight = estimator.weights(learning_rates(context))[checkpoint]
     modules = runtime.dense_modules
     shard = runtime.shard(context, number)
-    influence_MVT = torch.zeros(len(modules), len(runtime.trusted), len(shard))
+    shape = (len(modules), len(runtime.trusted), len(shard))
     is_finite_T = torch.ones(len(shard), dtype=torch.bool)
-
     is_compared_T = compared(shard)
 
-    def work(batch: slice, indices: Tensor) -> None:
-        context.hold.tick(batch.start, len(shard))
-        positions, indices = narrowed(batch, indices, is_compared_T[batch])
-        if not len(indices):
-            return
-        sample = runtime.extract(shard.samples, indices)
-        is_finite_T[positions] = sample.is_finite_B.cpu()
-        for module in modules:
-            dot_VB = validation[module].dot(sample.gradients[module])
-            influence_MVT[module, :, positions] = (weight * dot_VB).cpu()
+    with writing_influence(target, shape, index=shard.index_T, is_finite=is_finite_T) as influence:
 
-    runtime.limits = in_batches(shard.index_T, shard.length_T, limits=runtime.limits, work=work)
-    write_tensors(
-        target, {"influence": influence_MVT, "index": shard.index_T, "is_finite": is_finite_T}
-    )
+        def work(batch: slice, indices: Tensor) -> None:
+            context.hold.tick(batch.start, len(shard))
+            positions, indices = narrowed(batch, indices, is_compared_T[batch])
+            if not len(indices):
+                return
+            sample = runtime.extract(shard.samples, indices)
+            is_finite_T[positions] = sample.is_finite_B.cpu()
+            for module in modules:
+                dot_VB = validation[module].dot(sample.gradients[module])
+                influence.put(module, positions, weight * dot_VB)
+
+        runtime.limits = in_batches(shard.index_T, shard.length_T, limits=runtime.limits, work=work)
     return StageOutput()
 
 

@@ -21,7 +21,7 @@ from workers.pipeline.artifacts import TensorFile, read_tensors, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import estimators_of
 from workers.pipeline.gradients import keep_block, shard_batches, stream_kept
-from workers.pipeline.memory import FLOAT32, SHARD_BYTES
+from workers.pipeline.memory import FLOAT32
 from workers.pipeline.non_finite import check_share
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.shards import Shard
@@ -53,26 +53,21 @@ def plan_module_blocks(
     return blocks
 
 
-def module_blocks(
-    context: StageContext, runtime: Runtime, *, samples_per_shard: int
-) -> list[list[int]]:
-    """Return the audit's blocks of modules: a shard of one fits into memory, all into the cache."""
+def module_blocks(runtime: Runtime, *, max_bytes: int) -> list[list[int]]:
+    """Return the audit's blocks of modules."""
     specs = runtime.extractor.modules
-    return plan_module_blocks(
-        [(module, specs[module]) for module in runtime.dense_modules],
-        num_train=len(runtime.train),
-        max_bytes=min(
-            context.settings.max_gradient_cache_bytes,
-            SHARD_BYTES * len(runtime.train) // samples_per_shard,
-        ),
-    )
+    modules = [(module, specs[module]) for module in runtime.dense_modules]
+    return plan_module_blocks(modules, num_train=len(runtime.train), max_bytes=max_bytes)
 
 
 def planned_blocks(context: StageContext, runtime: Runtime) -> list[list[int]]:
     """Return the blocks as planned when computing began."""
-    return module_blocks(
-        context, runtime, samples_per_shard=context.provenance["samples_per_shard"]
-    )
+    plan = context.provenance
+    max_bytes = plan.get("block_bytes")
+    if max_bytes is None:  # an earlier version planned the audit
+        of_shards = 512 * 1024**2 * len(runtime.train) // plan["samples_per_shard"]
+        max_bytes = min(context.settings.max_gradient_cache_bytes, of_shards)
+    return module_blocks(runtime, max_bytes=max_bytes)
 
 
 def curvature_estimators(context: StageContext) -> list[CurvatureEstimator]:

@@ -23,22 +23,24 @@ from workers.influence.objectives import OBJECTIVES
 from workers.influence.recomputing import recompute_blocks
 from workers.pipeline.checkpoint import trainable
 from workers.pipeline.context import StageContext
+from workers.pipeline.estimating import estimators_of
 from workers.pipeline.fine_tune import add_adapters
 from workers.pipeline.memory import (
     FLOAT32,
-    SAMPLES_PER_SHARD,
-    SHARD_BYTES,
     BatchLimits,
     MemoryPlan,
     Workload,
+    most_tokens,
     plan_batches,
     plan_memory,
 )
+from workers.pipeline.pace import most_samples
 from workers.pipeline.placing import BYTES_PER_WEIGHT, DTYPES, recomputes
 from workers.pipeline.planning import Audited, demand_of
 from workers.pipeline.prepared import Prepared
 from workers.pipeline.runtime import make_extractor
 from workers.pipeline.samples import SampleSet
+from workers.pipeline.tensor_writer import PART_BYTES
 from workers.sources.loading import load_skeleton
 from workers.sources.weights import load_config
 
@@ -174,14 +176,14 @@ def _estimate(context: StageContext, prepared: Prepared, *, recompute: bool) -> 
     load = demand.workload
     batch_bytes = paper.gradient_bytes(plan.limits)
     held = paper.audited_bytes + FLOAT32 * load.num_validation * load.row_floats
-    shard = min(plan.samples_per_shard, len(paper.train))
-    kept_floats = load.dense_floats if load.keeps_gradients else load.largest_floats
+    writers = sum(each.kind in {"pairwise", "class"} for each in estimators_of(context))
+    part = min(PART_BYTES * writers, FLOAT32 * len(paper.train) * load.influence_floats)
     device = {
         "validation": held + batch_bytes,
         "gradients": held + batch_bytes + FLOAT32 * load.held_floats,
     }
     host = {
-        "gradients": FLOAT32 * shard * (load.influence_floats + kept_floats),
+        "gradients": part,
         "aggregate": _BLOCK_BYTES,
     }
     least = {"validation": held + audited.activation_bytes * audited.longest}
@@ -191,10 +193,11 @@ def _estimate(context: StageContext, prepared: Prepared, *, recompute: bool) -> 
         device["fine_tune"] = least["fine_tune"] = kept + batch
         batches["fine_tune"] = batch
     if load.num_curvature:
-        device["curvature"] = held + _curvature_bytes(load, audited)
+        device["curvature"] = held + _curvature_bytes(load)
         device["influence"] = held + FLOAT32 * load.num_validation * load.largest_floats
-        host["influence"] = FLOAT32 * shard * load.influence_floats
-    num_shards = -(-len(paper.train) // plan.samples_per_shard)
+        host["influence"] = part
+    num_train = len(paper.train)
+    num_shards = -(-num_train // most_samples(num_train, context.settings, is_measured=False))
     return Estimate(
         device_bytes=device,
         batch_bytes=batches,
@@ -276,7 +279,7 @@ class Paper:
             objective.run(model, *self._batch(self.train, longest)).loss_B.mean().backward()
 
         def evaluate() -> None:
-            limits = BatchLimits(self.context.settings.tokens_per_batch)
+            limits = BatchLimits(most_tokens(self.context.settings))
             if self.validation is not None:
                 batch = self._largest(self.validation, limits)
                 with torch.no_grad():
@@ -353,20 +356,18 @@ def _weight_bytes(context: StageContext, model: nn.Module) -> int:
 
 
 def _plan(context: StageContext, workload: Workload) -> MemoryPlan:
-    """Return the batches and shards that this worker would plan; the smallest where none fit."""
+    """Return the batches that this worker would plan; the smallest where none fit."""
     settings = context.settings
     try:
         return plan_memory(
             workload,
             free_bytes=free_bytes(choose_device(settings.device)),
-            tokens_per_batch=settings.tokens_per_batch,
-            samples_per_shard=settings.samples_per_shard or SAMPLES_PER_SHARD,
+            tokens_per_batch=most_tokens(settings),
         )
     except InsufficientMemory:
-        return MemoryPlan(BatchLimits(1, 1), 1, 0)
+        return MemoryPlan(BatchLimits(1, 1), 0)
 
 
-def _curvature_bytes(load: Workload, audited: Audited) -> int:
+def _curvature_bytes(load: Workload) -> int:
     """Return what fitting the largest module takes: its matrix or sums twice, and its queries."""
-    floats = load.num_validation * load.largest_floats * (2 + load.num_curvature)
-    return FLOAT32 * floats + min(SHARD_BYTES, FLOAT32 * audited.num_train * load.dense_floats)
+    return FLOAT32 * load.num_validation * load.largest_floats * (2 + load.num_curvature)

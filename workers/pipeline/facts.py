@@ -68,7 +68,7 @@ class Facts:
         So every answer can carry them.
         """
         return {
-            name: torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
+            name: value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             if value.is_floating_point()
             else value
             for name, value in self._tensors.items()

@@ -5,6 +5,7 @@ batch of them, d entries of a module, H hidden width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from app.shared_files import fetch
 from app.work.models import Stage
 from workers.influence.kronecker import KroneckerSums
-from workers.pipeline.artifacts import TensorFile, write_tensors
+from workers.pipeline.artifacts import TensorFile, atomically, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import wishes_of
 from workers.pipeline.facts import Facts, Totals
@@ -21,6 +22,11 @@ from workers.pipeline.memory import BatchLimits, in_batches, plan_batches
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.screening import compared, narrowed, screened
 from workers.pipeline.shard_influence import ShardInfluence
+from workers.pipeline.shards import Shard
+from workers.pipeline.tensor_writer import TensorWriter
+
+Keep = Callable[[int, slice | Tensor, Tensor], None]
+"""Gets a module, positions in the shard, and gradient_Bd."""
 
 
 def compute_gradients(context: StageContext) -> StageOutput:
@@ -35,12 +41,6 @@ def compute_gradients(context: StageContext) -> StageOutput:
     # The facts are written last: where they are, a worker was here before and finished.
     if fetch(files.facts(shard.number)):
         return StageOutput()
-    influence = ShardInfluence(context, runtime, num_samples=len(shard))
-    kept = {
-        module: torch.zeros(len(shard), modules[module].num_parameters)
-        for module in runtime.dense_modules
-        if context.provenance["keeps_gradients"]
-    }
     wishes = wishes_of(context)
     facts = Facts(len(shard), len(modules), features=wishes.features)
     totals = Totals(len(modules))
@@ -48,40 +48,36 @@ def compute_gradients(context: StageContext) -> StageOutput:
     # nobody asks what is like a probe
     is_sketched = not (shard.is_probes or runtime.sketch.is_empty)
 
-    def work(batch: slice, indices: Tensor) -> None:
-        context.hold.tick(batch.start, len(shard))
-        positions, indices = screened(
-            context, runtime, shard, batch=batch, indices=indices, facts=facts
-        )
-        if not len(indices):
-            return
-        sample = runtime.extract(shard.samples, indices)
-        facts.put(positions, sample)
-        if is_sketched:
-            facts.put_sketch(positions, runtime.sketch.sketch(sample.gradients))
-        influence.add(positions, sample)
-        for module, kept_Td in kept.items():
-            kept_Td[positions] = sample.gradients[module].dense().cpu()
-        # what adds up comes last, where nothing can run out of memory any more: a batch that does
-        # is done again in halves, and must not count twice
-        totals.add(sample)
-        for module, sums in enumerate(sample.kronecker):
-            if sums is not None:
-                kronecker[module] = kronecker[module].add_(sums) if module in kronecker else sums
+    with ExitStack() as stack:
+        influence = ShardInfluence(context, runtime, shard, files=stack)
+        keep: Keep | None = None
+        if context.provenance["keeps_gradients"]:
+            path = files.gradients(shard.number)
+            keep = stack.enter_context(keeping(path, runtime, shard, runtime.dense_modules))
 
-    runtime.limits = in_batches(shard.index_T, shard.length_T, limits=runtime.limits, work=work)
-    influence.write(shard)
-    if kept:
-        _write_gradients(files.gradients(shard.number), kept)
+        def work(batch: slice, indices: Tensor) -> None:
+            context.hold.tick(batch.start, len(shard))
+            positions, indices = screened(
+                context, runtime, shard, batch=batch, indices=indices, facts=facts
+            )
+            if not len(indices):
+                return
+            sample = runtime.extract(shard.samples, indices)
+            facts.put(positions, sample)
+            if is_sketched:
+                facts.put_sketch(positions, runtime.sketch.sketch(sample.gradients))
+            influence.add(positions, sample)
+            if keep is not None:
+                for module in runtime.dense_modules:
+                    keep(module, positions, sample.gradients[module].dense())
+            # what adds up comes last, where nothing can run out of memory any more: a batch that
+            # does is done again in halves, and must not count twice
+            totals.add(sample)
+            _add_sums(kronecker, sample.kronecker)
+
+        runtime.limits = in_batches(shard.index_T, shard.length_T, limits=runtime.limits, work=work)
     if wishes.kronecker:
-        write_tensors(
-            files.kronecker(shard.number),
-            {
-                f"{module:05d}/{name}": tensor
-                for module, sums in kronecker.items()
-                for name, tensor in sums.tensors().items()
-            },
-        )
+        _write_kronecker(files.kronecker(shard.number), kronecker)
     write_tensors(
         files.facts(shard.number),
         {"index": shard.index_T, **facts.tensors(), **totals.tensors()},
@@ -97,8 +93,33 @@ def position_of(context: StageContext) -> int:
     return position
 
 
-def _write_gradients(path: Path, gradients: dict[int, Tensor]) -> None:
-    write_tensors(path, {f"{module:05d}": gradient for module, gradient in gradients.items()})
+def _add_sums(kronecker: dict[int, KroneckerSums], added: Sequence[KroneckerSums | None]) -> None:
+    for module, sums in enumerate(added):
+        if sums is not None:
+            kronecker[module] = kronecker[module].add_(sums) if module in kronecker else sums
+
+
+def _write_kronecker(path: Path, kronecker: dict[int, KroneckerSums]) -> None:
+    tensors = {
+        f"{module:05d}/{name}": tensor
+        for module, sums in kronecker.items()
+        for name, tensor in sums.tensors().items()
+    }
+    write_tensors(path, tensors)
+
+
+@contextmanager
+def keeping(path: Path, runtime: Runtime, shard: Shard, modules: Sequence[int]) -> Iterator[Keep]:
+    """Keep a shard's gradients of some modules in a file, whole or not at all."""
+    specs = runtime.extractor.modules
+    like = {
+        f"{module:05d}": torch.empty(len(shard), specs[module].num_parameters, device="meta")
+        for module in modules
+    }
+    with atomically(path) as temporary, TensorWriter(temporary, like) as file:
+        yield lambda module, positions, gradient_Bd: file.put_rows(
+            f"{module:05d}", positions, gradient_Bd
+        )
 
 
 def stream_kept(
@@ -131,7 +152,7 @@ def compute_again(
     shard: int,
     *,
     modules: Sequence[int],
-    use: Callable[[int, slice | Tensor, Tensor], None],
+    use: Keep,
 ) -> None:
     """Compute a shard's gradients of some modules again, batch by batch.
 
@@ -173,25 +194,11 @@ def keep_block(
     For audits whose gradients would take too much disk if they were kept all at once.
     """
     num_shards = context.provenance["num_shards"] + context.num_probe_shards
-    specs = runtime.extractor.modules
     for position in range(num_shards):
         shard = runtime.shard(context, position)
         path = shard.files.block_gradients(block, shard.number)
         if fetch(path):
             continue
         context.hold.step(position, num_shards)
-        num_samples = len(shard)
-        kept = {
-            module: torch.zeros(num_samples, specs[module].num_parameters) for module in modules
-        }
-
-        def keep(
-            module: int,
-            positions: slice | Tensor,
-            gradient_Bd: Tensor,
-            kept: dict[int, Tensor] = kept,
-        ) -> None:
-            kept[module][positions] = gradient_Bd.cpu()
-
-        compute_again(context, runtime, position, modules=modules, use=keep)
-        _write_gradients(path, kept)
+        with keeping(path, runtime, shard, modules) as keep:
+            compute_again(context, runtime, position, modules=modules, use=keep)

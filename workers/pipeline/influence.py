@@ -1,13 +1,16 @@
 """Stage 7, by shard: influence of the estimators whose queries needed the whole training set."""
 
+from contextlib import ExitStack
+
 import torch
 
-from workers.pipeline.artifacts import TensorFile, write_tensors
+from workers.pipeline.artifacts import TensorFile
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.curvature import curvature_estimators, planned_blocks, query_name
 from workers.pipeline.gradients import compute_again, shard_batches, stream_kept
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.shards import Shard
+from workers.pipeline.tensor_writer import writing_influence
 
 
 def compute_influence(context: StageContext) -> StageOutput:
@@ -17,28 +20,32 @@ def compute_influence(context: StageContext) -> StageOutput:
     modules = runtime.dense_modules
     shard = runtime.shard(context, position)
     shape = (len(modules), len(runtime.trusted), len(shard))
-    influence = {estimator.name: torch.zeros(shape) for estimator in curvature_estimators(context)}
+    with ExitStack() as files:
+        influence = {
+            estimator.name: files.enter_context(
+                writing_influence(shard.files.influence(estimator.name, shard.number), shape)
+            )
+            for estimator in curvature_estimators(context)
+        }
 
-    def multiply(module: int, positions: slice | torch.Tensor, gradient_Bd: torch.Tensor) -> None:
-        for name, influence_MVT in influence.items():
-            query_Vd = queries[name, module]
-            influence_MVT[module, :, positions] = (query_Vd @ gradient_Bd.T).cpu()
+        def multiply(
+            module: int, positions: slice | torch.Tensor, gradient_Bd: torch.Tensor
+        ) -> None:
+            for name, writer in influence.items():
+                writer.put(module, positions, queries[name, module] @ gradient_Bd.T)
 
-    if context.provenance["keeps_gradients"]:
-        batches = shard_batches(context, runtime, position)
-        for module in modules:
-            queries = _queries(context, runtime, shard, names=list(influence), modules=[module])
+        if context.provenance["keeps_gradients"]:
+            batches = shard_batches(context, runtime, position)
             path = shard.files.gradients(shard.number)
-            gradients = stream_kept(path, runtime, module, batches)
-            for positions, gradient_Bd in zip(batches, gradients, strict=True):
-                context.hold.step(module, len(modules))
-                multiply(module, positions, gradient_Bd)
-    else:
-        queries = _queries(context, runtime, shard, names=list(influence), modules=modules)
-        compute_again(context, runtime, position, modules=modules, use=multiply)
-    for name, influence_MVT in influence.items():
-        path = shard.files.influence(name, shard.number)
-        write_tensors(path, {"influence": influence_MVT})
+            for module in modules:
+                queries = _queries(context, runtime, shard, names=list(influence), modules=[module])
+                gradients = stream_kept(path, runtime, module, batches)
+                for positions, gradient_Bd in zip(batches, gradients, strict=True):
+                    context.hold.step(module, len(modules))
+                    multiply(module, positions, gradient_Bd)
+        else:
+            queries = _queries(context, runtime, shard, names=list(influence), modules=modules)
+            compute_again(context, runtime, position, modules=modules, use=multiply)
     return StageOutput()
 
 

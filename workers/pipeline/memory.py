@@ -11,6 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from app.settings import Settings
+from workers.device import choose_device
 from workers.influence.batching import token_budget_batches
 from workers.influence.errors import InsufficientMemory
 from workers.influence.layers import ModuleSpec
@@ -19,8 +21,7 @@ from workers.pipeline.failures import is_out_of_memory
 FLOAT32 = 4
 MAX_SAMPLES_PER_BATCH = 256
 MIN_TOKENS_PER_BATCH = 16
-SHARD_BYTES = 512 * 1024**2
-SAMPLES_PER_SHARD = 1000  # where no pace is known
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,16 @@ class MemoryPlan:
 
     Attributes:
         limits: of a gradient batch.
-        samples_per_shard: training samples whose influence and gradients are buffered together.
         held_bytes: what stays in memory all the time: the validation gradients and their queries.
     """
 
     limits: BatchLimits
-    samples_per_shard: int
     held_bytes: int
+
+
+def most_tokens(settings: Settings) -> int:
+    """Return how many padded tokens a batch shall have where memory has room."""
+    return settings.tokens_per_batch or TOKENS_PER_BATCH[choose_device(settings.device).type]
 
 
 def row_floats(spec: ModuleSpec, *, num_tokens: int) -> int:
@@ -103,10 +107,8 @@ def row_floats(spec: ModuleSpec, *, num_tokens: int) -> int:
             return spec.num_parameters
 
 
-def plan_memory(
-    workload: Workload, *, free_bytes: int, tokens_per_batch: int, samples_per_shard: int
-) -> MemoryPlan:
-    """Choose batch and shard sizes that fit into the free memory.
+def plan_memory(workload: Workload, *, free_bytes: int, tokens_per_batch: int) -> MemoryPlan:
+    """Choose batches that fit into the free memory.
 
     Raises:
         InsufficientMemory: the validation gradients alone do not fit; says what to change.
@@ -123,9 +125,6 @@ def plan_memory(
             f"{free_bytes / 1e9:.1f} GB are free. Use fewer validation samples or target modules, "
             "LoRA adapters of a lower rank, or model.projection."
         )
-    kept = workload.dense_floats if workload.keeps_gradients else workload.largest_floats
-    per_sample = FLOAT32 * (workload.influence_floats + kept)
-    shard = max(1, min(samples_per_shard, SHARD_BYTES // max(1, per_sample)))
     per_token = workload.activation_bytes
     tokens = tokens_per_batch
     room = (free_bytes - held) // 2
@@ -133,7 +132,7 @@ def plan_memory(
         tokens //= 2
     samples = room // 2 // (FLOAT32 * max(1, workload.row_floats))
     limits = BatchLimits(tokens, max(1, min(MAX_SAMPLES_PER_BATCH, samples)))
-    return MemoryPlan(limits, shard, held)
+    return MemoryPlan(limits, held)
 
 
 def plan_shards(

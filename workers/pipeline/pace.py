@@ -17,12 +17,17 @@ from sqlalchemy import Engine, func, literal, select
 from sqlalchemy.orm import Session
 
 from app.jobs import QUEUE_NAME
+from app.settings import Settings
 from app.work.models import WorkerHeartbeat
 
 SHARDS_PER_WORKER = 4
 """So many at least, where there are several workers: who is done first waits for little."""
 LEAST_SECONDS = 5.0
 """A shard takes at least so long, however small the audit: claiming and loading cost a part."""
+SAMPLES_PER_SHARD = 1000
+"""Where no pace is known."""
+MOST_SAMPLES_PER_SHARD = 20_000
+"""What is kept of a shard's samples until its end, some kilobytes each, stays small."""
 MAX_SHARDS = 20_000
 """Beyond it shards get larger instead: the database counts a stage's units at every one's end."""
 
@@ -44,6 +49,24 @@ class Pace:
     def tokens_per_second(self) -> float | None:
         """The median: the first batches warm up. None where nothing was measured."""
         return statistics.median(self._measured) if self._measured else None
+
+
+def most_samples(num_samples: int, settings: Settings, *, is_measured: bool = True) -> int:
+    """Return how many samples a shard may have at most.
+
+    Args:
+        num_samples: of all shards together.
+        settings: may say so.
+        is_measured: whether shards are cut by the pace.
+    """
+    if settings.samples_per_shard:
+        return settings.samples_per_shard
+    return largest_shard(num_samples) if is_measured else SAMPLES_PER_SHARD
+
+
+def largest_shard(num_samples: int) -> int:
+    """Return how many of some samples a shard that is cut by the pace may have."""
+    return max(MOST_SAMPLES_PER_SHARD, math.ceil(num_samples / MAX_SHARDS))
 
 
 def plan_tokens(

@@ -22,6 +22,7 @@ from workers.pipeline.failures import AuditRefused
 from workers.pipeline.fine_tune import query_and_value
 from workers.pipeline.memory import (
     BatchLimits,
+    most_tokens,
     plan_batches,
     plan_shards,
     split_batches,
@@ -165,7 +166,7 @@ def load_runtime(context: StageContext, *, checkpoint: int | None = None) -> Run
         validation=validation,
         limits=BatchLimits.planned(context.provenance)
         if "samples_per_batch" in context.provenance
-        else BatchLimits(context.settings.tokens_per_batch),
+        else BatchLimits(most_tokens(context.settings)),
     )
     _loaded.append(runtime)
     return runtime

@@ -4,6 +4,8 @@ Shapes: M modules, L blocks, V validation samples, C classes, T the shard's trai
 batch of them, H hidden width.
 """
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
 
@@ -16,17 +18,27 @@ from workers.influence.estimators import (
 )
 from workers.influence.gradients import SampleGradients
 from workers.influence.rows import GradientRows, SparseRows
-from workers.pipeline.artifacts import read_tensors, write_tensors
+from workers.pipeline.artifacts import read_tensors
 from workers.pipeline.context import StageContext
 from workers.pipeline.estimating import estimators_of
 from workers.pipeline.runtime import Runtime
 from workers.pipeline.shards import Shard
+from workers.pipeline.tensor_writer import InfluenceWriter, writing_influence
 
 
 class ShardInfluence:
-    """Collects influence batch by batch, one tensor [M, V, T] an estimator."""
+    """Writes influence batch by batch, one file [M, V, T] an estimator.
 
-    def __init__(self, context: StageContext, runtime: Runtime, *, num_samples: int) -> None:
+    Args:
+        context: the unit of work.
+        runtime: the model.
+        shard: the shard.
+        files: publishes the files at its end, or else none.
+    """
+
+    def __init__(
+        self, context: StageContext, runtime: Runtime, shard: Shard, *, files: ExitStack
+    ) -> None:
         artifacts, estimators = context.artifacts, estimators_of(context)
         self._artifacts = artifacts
         self._dots = [item for item in estimators if isinstance(item, DotEstimator)]
@@ -34,7 +46,7 @@ class ShardInfluence:
         self._words = [item for item in estimators if isinstance(item, WordEmbeddingEstimator)]
         self._hidden = [item for item in estimators if isinstance(item, HiddenStateEstimator)]
         self._needs_sums = any(item.needs_entry_sums for item in self._dots)
-        self._influence: dict[str, Tensor] = {}
+        self._influence: dict[str, InfluenceWriter] = {}
         if runtime.validation is None:
             return
         self._validation = runtime.validation_rows(artifacts.validation_gradients())
@@ -58,7 +70,9 @@ class ShardInfluence:
             **{item.name: (len(self._hidden_LVH), num_validation) for item in self._hidden},
         }
         for name, shape in shapes.items():
-            self._influence[name] = torch.zeros(*shape, num_samples)
+            path = shard.files.influence(name, shard.number)
+            writing = writing_influence(path, (*shape, len(shard)))
+            self._influence[name] = files.enter_context(writing)
 
     def add(self, positions: slice | Tensor, sample: SampleGradients) -> None:
         """Add a batch at its positions in the shard."""
@@ -72,33 +86,29 @@ class ShardInfluence:
         hidden_LBH = sample.hidden_LBH if sample.hidden_LBH is not None else ()
         for estimator in self._hidden:
             for block, train_BH in enumerate(hidden_LBH):
-                self._influence[estimator.name][block, :, positions] = estimator.influence(
+                influence_VB = estimator.influence(
                     validation_VH=self._hidden_LVH[block], train_BH=train_BH
-                ).cpu()
-
-    def write(self, shard: Shard) -> None:
-        """Write every estimator's file."""
-        for name, influence_MVT in self._influence.items():
-            path = shard.files.influence(name, shard.number)
-            write_tensors(path, {"influence": influence_MVT})
+                )
+                self._influence[estimator.name].put(block, positions, influence_VB)
 
     def _add_dots(self, positions: slice | Tensor, module: int, rows: GradientRows) -> None:
         validation, known = self._validation[module], self._statistics[module]
         dot_VB = validation.dot(rows)
         train = row_statistics(rows, with_sums=self._needs_sums)
         for estimator in self._dots:
-            self._influence[estimator.name][self._dotted.index(module), :, positions] = (
-                estimator.influence(dot_VB=dot_VB, validation=known, train=train).cpu()
-            )
+            influence_VB = estimator.influence(dot_VB=dot_VB, validation=known, train=train)
+            row = self._dotted.index(module)
+            self._influence[estimator.name].put(row, positions, influence_VB)
         if isinstance(rows, SparseRows):
             return
         for number, fitted in enumerate(self._classes):
-            self._influence[fitted.name][module, :, positions] = fitted.influence(
+            influence_CB = fitted.influence(
                 dot_VB=dot_VB,
                 norm_V=known.norm_N,
                 train_norm_B=train.norm_N,
                 fitted=self._fitted[number, module],
-            ).cpu()
+            )
+            self._influence[fitted.name].put(module, positions, influence_CB)
 
     def _add_words(
         self, positions: slice | Tensor, validation: GradientRows, rows: SparseRows
@@ -106,9 +116,8 @@ class ShardInfluence:
         if not isinstance(validation, SparseRows):
             raise TypeError("validation and training rows are held in different forms")
         for estimator in self._words:
-            self._influence[estimator.name][0, :, positions] = estimator.influence(
-                validation=validation, train=rows
-            ).cpu()
+            influence_VB = estimator.influence(validation=validation, train=rows)
+            self._influence[estimator.name].put(0, positions, influence_VB)
 
     def _read_fitted(self, runtime: Runtime) -> dict[tuple[int, int], dict[str, Tensor]]:
         """Return what the class estimators fitted, by number of the estimator and module."""

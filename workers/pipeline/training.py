@@ -29,6 +29,7 @@ from workers.pipeline.checkpoint import (
     trainable,
 )
 from workers.pipeline.context import StageContext
+from workers.pipeline.memory import most_tokens
 from workers.pipeline.prepared import Prepared
 from workers.pipeline.samples import SampleSet
 
@@ -90,7 +91,7 @@ class Runner:
         self.model.eval()
         batches = token_budget_batches(
             samples.length_T,
-            max_tokens=context.settings.tokens_per_batch,
+            max_tokens=most_tokens(context.settings),
             max_samples=MAX_SAMPLES_PER_BATCH,
         )
         for indices in batches:

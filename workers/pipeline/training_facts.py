@@ -13,6 +13,8 @@ from torch import Tensor
 
 from workers.pipeline.artifacts import Artifacts, TensorFile
 
+_BLOCK = 1024
+
 
 class WideRows:
     """A row of numbers for each training sample, on disk: it may be more than memory has room for.
@@ -34,8 +36,10 @@ class WideRows:
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ascending training indices, int64 [N], with their rows [N, W], until all came."""
         for index_N, file in zip(self._shard_index, self._files, strict=True):
-            order_N = index_N.argsort()
-            yield index_N[order_N], file.rows(self._name)[order_N]
+            for start in range(0, len(index_N), _BLOCK):
+                part = slice(start, start + _BLOCK)
+                order_N = index_N[part].argsort()
+                yield index_N[part][order_N], file.rows(self._name, rows=part)[order_N]
 
     def take(self, index_N: Tensor) -> Tensor:
         """Return the rows of some training samples, [N, W]."""

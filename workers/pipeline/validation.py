@@ -33,9 +33,9 @@ from workers.pipeline.estimate import activation_bytes
 from workers.pipeline.estimating import estimators_of, wishes_of
 from workers.pipeline.failures import AuditRefused
 from workers.pipeline.layout import ModelLayout
-from workers.pipeline.memory import SAMPLES_PER_SHARD, MemoryPlan, plan_memory, plan_shards
+from workers.pipeline.memory import MemoryPlan, most_tokens, plan_memory, plan_shards
 from workers.pipeline.non_finite import check_share
-from workers.pipeline.pace import count_workers, plan_tokens
+from workers.pipeline.pace import count_workers, most_samples, plan_tokens
 from workers.pipeline.planning import Audited, demand_of
 from workers.pipeline.probe_samples import num_probes
 from workers.pipeline.runtime import Runtime, load_runtime
@@ -57,14 +57,17 @@ def compute_validation(context: StageContext) -> StageOutput:
     agreement = compare_projection(context, runtime)
     write_json(context.artifacts.modules, layout)
     tokens_per_shard = _tokens_per_shard(context, runtime)
+    is_measured = runtime.pace.tokens_per_second is not None
+    samples_per_shard = most_samples(len(runtime.train), context.settings, is_measured=is_measured)
     shards = plan_shards(
         runtime.train.length_T,
         runtime.limits,
-        samples_per_shard=plan.samples_per_shard,
+        samples_per_shard=samples_per_shard,
         tokens_per_shard=tokens_per_shard,
     )
-    samples_per_shard = min(plan.samples_per_shard, max(map(len, shards)))
-    blocks = module_blocks(context, runtime, samples_per_shard=samples_per_shard)
+    # of which the number of the probes' shards follows
+    samples_per_shard = min(samples_per_shard, max(map(len, shards)))
+    block_bytes = context.settings.max_gradient_cache_bytes
     return StageOutput(
         provenance={
             "device": device_name(runtime.device),
@@ -75,7 +78,8 @@ def compute_validation(context: StageContext) -> StageOutput:
             "samples_per_shard": samples_per_shard,
             "num_shards": len(shards),
             "num_probe_shards": _num_probe_shards(context, runtime, samples_per_shard),
-            "num_module_blocks": len(blocks),
+            "block_bytes": block_bytes,
+            "num_module_blocks": len(module_blocks(runtime, max_bytes=block_bytes)),
             "num_checkpoints": _num_checkpoints(context),
             "keeps_gradients": keeps_gradients,
             "least_loss": least_loss(context, runtime),
@@ -124,14 +128,6 @@ def _layout(context: StageContext, runtime: Runtime) -> Mapping[str, Any]:
     return layout
 
 
-def _most_samples(context: StageContext, runtime: Runtime) -> int:
-    """Return how many samples a shard may have at most, as far as memory has room."""
-    if context.settings.samples_per_shard:
-        return context.settings.samples_per_shard
-    # without a validation set nothing was measured
-    return SAMPLES_PER_SHARD if runtime.validation is None else len(runtime.train)
-
-
 def _num_checkpoints(context: StageContext) -> int:
     return len(learning_rates(context)) if wishes_of(context).checkpoints else 0
 
@@ -178,10 +174,10 @@ def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
     plan = plan_memory(
         demand.workload,
         free_bytes=free_bytes(runtime.device),
-        tokens_per_batch=context.settings.tokens_per_batch,
-        samples_per_shard=_most_samples(context, runtime),
+        tokens_per_batch=most_tokens(context.settings),
     )
-    num_shards = -(-len(runtime.train) // min(plan.samples_per_shard, SAMPLES_PER_SHARD))
+    num_train = len(runtime.train)
+    num_shards = -(-num_train // most_samples(num_train, context.settings, is_measured=False))
     _check_disk(context, demand.disk_bytes + num_shards * demand.shard_disk_bytes)
     return demand.workload.keeps_gradients, plan
 
