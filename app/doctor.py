@@ -7,17 +7,23 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 from pydantic import ValidationError
 from winnow.commands.findings import Finding
 
 from app.doctor_servers import check_servers
+from app.errors import NotReady
 from app.health import check_storage
 from app.settings import Settings
+from app.shared_files import bucket_of
 from app.storage import LEAST_FREE_BYTES
 from app.verbs import explain
 from app.work.models import SIGN_OF_LIFE_SECONDS
+
+if TYPE_CHECKING:
+    from app.bucket import Bucket
 
 ENOUGH_FREE_BYTES = 10 * 1024**3  # a gradient cache may take twice as much, an upload a fifth
 TORCH_SECONDS = 120.0
@@ -45,6 +51,9 @@ def look_around() -> Iterator[Finding]:
     yield check_settings(settings)
     yield check_gpu(settings)
     yield check_disk(settings)
+    bucket = bucket_of(settings)
+    if bucket is not None:
+        yield check_bucket(bucket)
     if settings.database_url is None:
         yield Finding(
             "servers",
@@ -140,6 +149,16 @@ def check_disk(settings: Settings) -> Finding:
         f"{folder}: {check.detail}",
         None if check.ok else advice,
     )
+
+
+def check_bucket(bucket: "Bucket") -> Finding:
+    """Put, read and delete an object where the service's files are."""
+    try:
+        bucket.try_out()
+    except NotReady as error:
+        advice = "docs/scaling.md (Shared files) lists what its key must be allowed."
+        return Finding("bucket", "fail", str(error.detail), advice)
+    return Finding("bucket", "ok", "It can be listed, written, read and deleted from.")
 
 
 def check_settings(settings: Settings) -> Finding:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from celery import Celery
 from fastapi import APIRouter, Response
@@ -15,11 +16,16 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app.dependencies import CeleryDep, ServiceEngineDep, SettingsDep
+from app.errors import NotReady
 from app.jobs import CPU_QUEUE_NAME, FETCH_QUEUE_NAME, QUEUE_NAME, QUEUES, queue_length
 from app.settings import Settings
+from app.shared_files import bucket_of
 from app.storage import LEAST_FREE_BYTES
 from app.version import VERSION
 from app.work.models import WorkerHeartbeat
+
+if TYPE_CHECKING:
+    from app.bucket import Bucket
 
 BROKER_PATIENCE_SECONDS = 2.0
 WORK_OF_QUEUE = {
@@ -66,7 +72,7 @@ def healthz() -> Alive:
 def readyz(
     response: Response, engine: ServiceEngineDep, celery: CeleryDep, settings: SettingsDep
 ) -> Readiness:
-    """Look at the database, the broker, the workers and the disk.
+    """Look at the database, the broker, the workers, the disk and, where one is set, the bucket.
 
     Submitting needs the database and the disk alone; an accepted audit waits for the rest.
     """
@@ -76,6 +82,9 @@ def readyz(
         "worker": check_worker(engine, settings),
         "storage": check_storage(settings),
     }
+    bucket = bucket_of(settings)
+    if bucket is not None:
+        checks["bucket"] = _checked(lambda: _bucket(bucket))
     readiness = Readiness(ready=all(check.ok for check in checks.values()), checks=checks)
     if not readiness.ready:
         response.status_code = 503
@@ -101,6 +110,8 @@ def check_storage(settings: Settings) -> Check:
 def _checked(check: Callable[[], Check]) -> Check:
     try:
         return check()
+    except NotReady as error:
+        return Check(ok=False, detail=str(error.detail))
     except SQLAlchemyError:
         return Check(
             ok=False,
@@ -161,3 +172,8 @@ def _storage(settings: Settings) -> Check:
         detail=f"{free / 1024**3:.1f} GiB are free"
         + ("." if free >= LEAST_FREE_BYTES else "; delete audits or datasets, or add room."),
     )
+
+
+def _bucket(bucket: "Bucket") -> Check:
+    bucket.check()
+    return Check(ok=True, detail="The bucket (WINNOW_ARTIFACTS) answers.")

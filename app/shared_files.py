@@ -15,6 +15,7 @@ from app.settings import Settings
 if TYPE_CHECKING:
     from app.bucket import Bucket
 
+WHOLE = ".whole"  # an object beside those of a folder, the last that is put
 _buckets: dict[Path, "Bucket"] = {}  # by data directory; one in a process, but for tests
 
 
@@ -36,6 +37,12 @@ def share_files(settings: Settings) -> None:
         access_key=access_key.get_secret_value() if access_key else None,
         secret_key=secret_key.get_secret_value() if secret_key else None,
     )
+
+
+def bucket_of(settings: Settings) -> "Bucket | None":
+    """Return the bucket by which files are shared, if they are."""
+    share_files(settings)
+    return _buckets.get(settings.data_dir)
 
 
 def fetch(path: Path) -> bool:
@@ -102,6 +109,37 @@ def num_bytes(folder: Path) -> int:
     """
     bucket = _bucket_of(folder)
     return _bytes_in(folder) if bucket is None else bucket.num_bytes(folder)
+
+
+def folders_in(folder: Path) -> set[Path]:
+    """Return the folders in a folder that all have.
+
+    Raises:
+        NotReady: the bucket cannot be reached.
+    """
+    bucket = _bucket_of(folder)
+    return set(folder.glob("*") if bucket is None else bucket.subfolders(folder))
+
+
+def last_written(path: Path) -> float:
+    """Return when a file, or anything in a folder, was written last; 0 for one that is gone.
+
+    Raises:
+        NotReady: the bucket cannot be reached.
+    """
+    bucket = _bucket_of(path)
+    return max(last_written_here(path), bucket.last_written(path) if bucket else 0.0)
+
+
+def last_written_here(path: Path) -> float:
+    """Return the same of the copy that this machine has."""
+    times = [0.0]
+    for part in (path, *path.rglob("*")):
+        try:
+            times.append(part.lstat().st_mtime)
+        except FileNotFoundError:
+            continue
+    return max(times)
 
 
 def remove_folder(folder: Path) -> bool:

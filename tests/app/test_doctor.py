@@ -20,7 +20,11 @@ from app.jobs import QUEUES
 from app.keys.models import ApiKey
 from app.keys.service import create_key
 from app.settings import Settings
+from app.shared_files import bucket_of
 from app.work.models import WorkerHeartbeat
+from tests.buckets import MotoBucket, bucket, in_bucket
+
+__all__ = ["bucket", "in_bucket"]
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -89,6 +93,46 @@ def test_the_disk(
     assert doctor.check_disk(settings).status == "ok"
     monkeypatch.setattr(doctor, "ENOUGH_FREE_BYTES", 2**60)
     assert doctor.check_disk(settings).status == "warn"
+
+
+class TestTheBucket:
+    """Each thing that files need is done once, and nothing stays of it."""
+
+    def test_one_that_does_all(self, in_bucket: Settings, bucket: MotoBucket) -> None:
+        assert look_at_bucket(in_bucket).status == "ok"
+        assert bucket.names() == []
+
+    @pytest.mark.parametrize(
+        ("action", "named"),
+        [
+            ("s3:PutObject", "PutObject"),
+            ("s3:GetObject", "GetObject"),
+            ("s3:DeleteObject", "DeleteObjects"),
+        ],
+    )
+    def test_one_that_refuses_something(
+        self, in_bucket: Settings, bucket: MotoBucket, action: str, named: str
+    ) -> None:
+        with bucket.refusing(action):
+            finding = look_at_bucket(in_bucket)
+        assert finding.status == "fail"
+        assert f"{named} is answered with" in finding.detail
+        assert "what the key, or this machine's role, may do" in finding.detail
+        assert "hidden" not in f"{finding.detail}{finding.advice}"
+
+    def test_the_command_looks_at_it(
+        self, in_bucket: Settings, bucket: MotoBucket, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WINNOW_DATA_DIR", str(in_bucket.data_dir))
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        assert by_name(list(doctor.look_around()))["bucket"].status == "ok"
+
+
+def look_at_bucket(settings: Settings) -> Finding:
+    bucket = bucket_of(settings)
+    assert bucket is not None
+    return doctor.check_bucket(bucket)
 
 
 class TestWhatGoesWrongOnlyLater:

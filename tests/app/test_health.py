@@ -18,7 +18,10 @@ from app.jobs import CPU_QUEUE_NAME, FETCH_QUEUE_NAME, QUEUE_NAME, QUEUES, make_
 from app.main import create_app
 from app.settings import Settings
 from app.work.models import WorkerHeartbeat
+from tests.buckets import bucket, in_bucket
 from tests.factories import long_ago
+
+__all__ = ["bucket", "in_bucket"]
 
 
 def readiness(settings: Settings, engine: Engine, celery: Celery) -> tuple[int, dict[str, Any]]:
@@ -106,6 +109,46 @@ def test_a_disk_that_is_full_or_missing(
     assert "WINNOW_DATA_DIR" in readiness(elsewhere, engine, celery)[1]["storage"]["detail"]
     monkeypatch.setattr(health, "LEAST_FREE_BYTES", 2**60)
     assert "add room" in readiness(settings, engine, celery)[1]["storage"]["detail"]
+
+
+class TestTheBucket:
+    """Where files are in one."""
+
+    def test_it_answers(self, in_bucket: Settings, engine: Engine, celery: Celery) -> None:
+        worker_seen(engine)
+        status, checks = readiness(in_bucket, engine, celery)
+        assert status == 200, checks
+        assert checks["bucket"]["ok"]
+
+    def test_it_is_not_there(self, in_bucket: Settings, engine: Engine, celery: Celery) -> None:
+        worker_seen(engine)
+        (in_bucket.data_dir / "of-another").mkdir()
+        of_another = {"artifacts": "nobodys/lab", "data_dir": in_bucket.data_dir / "of-another"}
+        wrong = in_bucket.model_copy(update=of_another)
+        status, checks = readiness(wrong, engine, celery)
+        assert status == 503
+        assert "correct WINNOW_ARTIFACTS" in checks["bucket"]["detail"]
+        assert checks["storage"]["ok"]
+
+    def test_a_store_that_is_dead_or_frozen_is_said_soon(
+        self, in_bucket: Settings, engine: Engine, celery: Celery
+    ) -> None:
+        """And neither its address nor a key is told, which anybody may read here."""
+        with socket.create_server(("127.0.0.1", 0)) as frozen:
+            for number, port in enumerate((frozen.getsockname()[1], 9)):
+                settings = in_bucket.model_copy(
+                    update={
+                        "s3_endpoint": f"http://someone:pass@127.0.0.1:{port}",
+                        "data_dir": in_bucket.data_dir / str(number),
+                    }
+                )
+                started = time.perf_counter()
+                _, checks = readiness(settings, engine, celery)
+                assert time.perf_counter() - started < 8
+                assert checks["database"]["ok"]
+                detail = checks["bucket"]["detail"]
+                assert "WINNOW_S3_ENDPOINT" in detail
+                assert not [word for word in ("pass", "127.0.0.1", "hidden") if word in detail]
 
 
 def test_the_catalogue_lists_what_can_be_asked_for(client: TestClient) -> None:
