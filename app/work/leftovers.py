@@ -21,7 +21,7 @@ from app.audits.models import Audit, Ranking
 from app.datasets.models import Dataset
 from app.db import transaction
 from app.settings import Settings
-from app.shared_files import remove_folder
+from app.shared_files import folders_in, last_written_here, remove_folder
 from app.work.keeping import may_tidy
 from app.work.models import Leftover
 
@@ -50,8 +50,9 @@ def remove_leftovers(engine: Engine, settings: Settings) -> list[str]:
     """Remove the folders that are due and belong to nothing; return their paths."""
     removed = []
     with Session(engine) as session:
-        due = select(Leftover.path).where(Leftover.due_at < func.now()).limit(MAX_PER_ROUND)
-        paths = list(session.scalars(due))
+        due = select(Leftover.path).where(Leftover.due_at < func.now())
+        # in any order: what cannot go must not stand in the way of others
+        paths = list(session.scalars(due.order_by(func.random()).limit(MAX_PER_ROUND)))
     for path in paths:
         with transaction(engine) as session:
             if not may_tidy(session):
@@ -62,7 +63,7 @@ def remove_leftovers(engine: Engine, settings: Settings) -> list[str]:
                 was_here = folder.exists()
                 if not remove_folder(folder):
                     log.error("leftover_not_removed", path=path)
-                    continue
+                    break  # a store that does not answer takes a minute to say so
                 removed += [path] if was_here else []
             session.execute(delete(Leftover).where(Leftover.path == path))
     if removed:
@@ -75,10 +76,12 @@ def _is_there(session: Session, thing_id: str) -> bool:
     return any(session.get(table, thing_id) is not None for table in tables)
 
 
-def forget_copies(settings: Settings) -> list[Path]:
-    """Remove copies of audits that nothing was written of for a day, where all have a bucket.
+def forget_copies(engine: Engine, settings: Settings) -> list[Path]:
+    """Remove old copies that this machine has of what is in a bucket, or was deleted elsewhere.
 
-    They are looked through once an hour.
+    Of audits those that nothing was written of for a day, of datasets those that are no more. What
+    was here before there was a bucket, and belongs to something, is no copy. They are looked
+    through once an hour.
 
     Returns:
         The folders that are gone.
@@ -89,12 +92,16 @@ def forget_copies(settings: Settings) -> list[Path]:
     if mark.exists() and now - mark.stat().st_mtime < COPIES_LOOKED_AT_SECONDS:
         return []
     mark.touch()
+    shared = folders_in(settings.data_dir / "audits")
     before = now - COPIES_KEPT_SECONDS
-    old = [
+    copies = [
         folder
-        for folder in (settings.data_dir / "audits").glob("*")
-        if last_written(folder) < before
+        for name in ("audits", "datasets")
+        for folder in (settings.data_dir / name).glob("*")
+        if last_written_here(folder) < before
     ]
+    with Session(engine) as session:
+        old = [one for one in copies if one in shared or not _is_there(session, one.name)]
     for folder in old:
         shutil.rmtree(folder, ignore_errors=True)
     return old
@@ -105,16 +112,5 @@ def temporary_files(settings: Settings) -> Iterator[Path]:
     before = time.time() - settings.leftover_seconds
     found = ((settings.data_dir / name).rglob(TEMPORARY) for name in _FOLDERS)
     for path in (*chain.from_iterable(found), *(settings.data_dir / "tmp").glob("*")):
-        if last_written(path) < before:
+        if last_written_here(path) < before:
             yield path
-
-
-def last_written(path: Path) -> float:
-    """Return when a file, or anything in a folder, was written last; never for one that is gone."""
-    times = [0.0]
-    for part in (path, *path.rglob("*")):
-        try:
-            times.append(part.lstat().st_mtime)
-        except FileNotFoundError:
-            continue
-    return max(times)

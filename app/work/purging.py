@@ -18,9 +18,9 @@ from app.datasets.models import Dataset
 from app.db import transaction
 from app.experiments.models import Experiment
 from app.settings import Settings
-from app.shared_files import remove_folder
+from app.shared_files import folders_in, last_written, remove_folder
 from app.work.keeping import may_tidy
-from app.work.leftovers import last_written, temporary_files
+from app.work.leftovers import note_leftover, temporary_files
 
 MAX_PER_ROUND = 10
 SWEPT = ".swept"  # its time of change says when the data directory was last looked through
@@ -46,14 +46,20 @@ def purge(
         settings: name the data directory.
         days: audits that ended longer ago go; None is the setting, and 0 of the setting is none.
         dry_run: only say what would be deleted.
+
+    Raises:
+        NotReady: the bucket cannot be reached.
     """
     wanted = settings.audit_days or None if days is None else days
     audits = _old_audits(engine, wanted, limit=None) if wanted is not None else []
-    orphans = [*temporary_files(settings), *_folders_without_rows(engine, settings)]
+    temporary = list(temporary_files(settings))
+    folders = list(_folders_without_rows(engine, settings))
     if not dry_run:
         audits = _delete_all(engine, settings, audits, wanted)
-        orphans = [path for path in orphans if _remove(engine, path)]
-    return Purged(audits, sorted(str(path.relative_to(settings.data_dir)) for path in orphans))
+        temporary = [path for path in temporary if _remove(engine, path)]
+        folders = [path for path in folders if _remove(engine, path, for_all=True)]
+    orphans = (str(path.relative_to(settings.data_dir)) for path in (*temporary, *folders))
+    return Purged(audits, sorted(orphans))
 
 
 def expire_audits(engine: Engine, settings: Settings) -> list[str]:
@@ -91,14 +97,15 @@ def _folders_without_rows(engine: Engine, settings: Settings) -> Iterator[Path]:
         }
     before = time.time() - settings.leftover_seconds
     for parent, ids in known.items():
-        for path in (settings.data_dir / parent).glob("*"):
+        folder = settings.data_dir / parent
+        for path in {*folder.glob("*"), *folders_in(folder)}:
             # it may have been made after the look at the rows
             is_known = path.name in ids or path.name.startswith(".")
             if not is_known and last_written(path) < before:
                 yield path
 
 
-def _remove(engine: Engine, path: Path) -> bool:
+def _remove(engine: Engine, path: Path, *, for_all: bool = False) -> bool:
     with transaction(engine) as session:
         if not may_tidy(session):
             return False
@@ -106,7 +113,7 @@ def _remove(engine: Engine, path: Path) -> bool:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    return not path.exists()
+        return not path.exists() and (not for_all or remove_folder(path))
 
 
 def _old_audits(engine: Engine, days: float, *, limit: int | None) -> list[str]:
@@ -155,6 +162,8 @@ def _delete(engine: Engine, settings: Settings, audit_id: str, days: float) -> l
             of_it = select(Audit.id).where(Audit.experiment_id == audit.experiment_id)
             gone = list(session.scalars(of_it))
             session.execute(delete(Experiment).where(Experiment.id == audit.experiment_id))
+        for one in gone:
+            note_leftover(session, settings, audit_folder(settings.data_dir, one))
     for one in gone:
         remove_folder(audit_folder(settings.data_dir, one))
     log.info("audits_expired", audit_ids=gone)

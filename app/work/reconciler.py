@@ -219,7 +219,7 @@ class Reconciler(threading.Thread):
         while not is_over:
             try:
                 reconcile(self._engine, self._celery, self._settings)
-                forget_copies(self._settings)
+                forget_copies(self._engine, self._settings)
             except Exception as error:  # noqa: BLE001  whatever it was, the promises need a next round
                 # The database may be restarting; the next round finds everything still there.
                 log.warning("reconcile_failed", error=str(error))

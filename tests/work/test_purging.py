@@ -17,19 +17,22 @@ from app.db import transaction
 from app.experiments.models import Experiment
 from app.settings import Settings
 from app.work.keeping import KEEP_LOCK
-from app.work.leftovers import temporary_files
+from app.work.leftovers import remove_leftovers, temporary_files
+from app.work.models import Leftover
 from app.work.purging import SWEPT, expire_audits, purge, sweep
 from app.work.reconciler import reconcile
 from tests.app.conftest import api, client, new_client
+from tests.buckets import MotoBucket, bucket, in_bucket
 from tests.factories import (
     experiment_body,
     finish_experiment,
+    long_ago,
     make_audit,
     make_finished_audit,
     make_ranking,
 )
 
-__all__ = ["api", "client", "new_client"]
+__all__ = ["api", "bucket", "client", "in_bucket", "new_client"]
 
 DAY = 86_400
 
@@ -171,6 +174,48 @@ class TestLeftovers:
         assert purge(engine, settings, days=None).orphans == ["audits/aud_gone"]
         assert not orphan.exists()
         assert audit_folder(settings.data_dir, kept.id).exists()
+
+
+class TestObjects:
+    """What is in a bucket goes as what is on the disk does."""
+
+    def test_an_expiry_that_was_cut_short(
+        self,
+        engine: Engine,
+        in_bucket: Settings,
+        bucket: MotoBucket,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The rows are gone, and nobody would know of the objects any more."""
+        kept_a_week = in_bucket.model_copy(update={"audit_days": 7})
+        audit = make_finished_audit(engine, kept_a_week)
+        bucket.put(f"audits/{audit.id}/results/suspects.csv")
+        end(engine, 8, audit.id)
+        with monkeypatch.context() as patch:  # the process dies before it removes the folder
+            patch.setattr("app.work.purging.remove_folder", lambda _: None)
+            assert expire_audits(engine, kept_a_week) == [audit.id]
+        assert bucket.names()
+        with transaction(engine) as session:
+            session.execute(update(Leftover).values(due_at=long_ago()))
+        remove_leftovers(engine, kept_a_week)
+        assert bucket.names() == []
+        assert not audit_folder(kept_a_week.data_dir, audit.id).exists()
+
+    def test_a_purge_finds_objects_without_a_row(
+        self, engine: Engine, in_bucket: Settings, bucket: MotoBucket
+    ) -> None:
+        """A worker that was frozen for long wrote them after the deletion."""
+        audit = make_finished_audit(engine, in_bucket)
+        kept = f"audits/{audit.id}/results/suspects.csv"
+        for name in (kept, "audits/aud_gone/facts/1", "datasets/ds_gone/original.csv"):
+            bucket.put(name)
+        assert purge(engine, in_bucket, days=None).orphans == []  # they are young
+        later = in_bucket.model_copy(update={"leftover_seconds": 1e-3})
+        expected = ["audits/aud_gone", "datasets/ds_gone"]
+        assert purge(engine, later, days=None, dry_run=True).orphans == expected
+        assert len(bucket.names()) == 3
+        assert purge(engine, later, days=None).orphans == expected
+        assert bucket.names() == [kept]
 
 
 def test_a_purge_takes_what_it_is_told(engine: Engine, settings: Settings) -> None:
