@@ -3,6 +3,9 @@
 The database is dumped first and the files are copied after it. Files appear by a rename and are
 not written again, so what the dump speaks of is there and whole when it is copied; what came later
 is only too much. While a copy is taken nothing is tidied up; what a caller deletes is gone.
+
+Where a bucket has the files, its objects are copied, and put into the bucket that is set where the
+copy is set up; the data directory holds only copies of them.
 """
 
 import json
@@ -23,6 +26,7 @@ from app.audits.models import Audit, AuditState
 from app.embedded import POSTGRES_BINARIES
 from app.migrate import current_revision, make_tenant_role, migrate
 from app.settings import Settings
+from app.shared_files import WHOLE, bucket_of, folders_in
 from app.version import VERSION
 from app.work.keeping import KEEP_LOCK
 from app.work.purging import SWEPT
@@ -32,6 +36,7 @@ DUMP = "database.dump"
 FILES = "files"
 MANIFEST = "backup.json"
 CACHE = "cache"
+SHARED = ("audits", "datasets", CACHE)  # what is in a bucket, if there is one
 # of the place, not of its content: the embedded server, its lock, and what is half written
 LEFT_OUT = frozenset({"postgres", "lock", "tmp", SWEPT})
 
@@ -51,6 +56,7 @@ class Manifest:
     num_files: int
     num_bytes: int
     has_cache: bool
+    in_bucket: bool = False
 
 
 def back_up(engine: Engine, settings: Settings, target: Path, *, with_cache: bool) -> Manifest:
@@ -65,12 +71,9 @@ def back_up(engine: Engine, settings: Settings, target: Path, *, with_cache: boo
 
     Raises:
         BackupRefused: the folder holds something, or pg_dump does not succeed.
+        NotReady: the bucket cannot be reached.
     """
-    if settings.artifacts is not None:
-        raise BackupRefused(
-            "Files are in a bucket (WINNOW_ARTIFACTS), which the store keeps copies of by its own "
-            "means, such as versions of objects. Take the database's copy with pg_dump."
-        )
+    bucket = bucket_of(settings)
     if target.exists() and any(target.iterdir()):
         raise BackupRefused(f"{target} is not empty. Name a folder for this backup alone.")
     target.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,15 @@ def back_up(engine: Engine, settings: Settings, target: Path, *, with_cache: boo
             num_audits = session.scalar(select(func.count()).select_from(Audit)) or 0
         _run("pg_dump", "--format=custom", "--no-owner", "--file", str(target / DUMP), of=engine)
         left_out = LEFT_OUT if with_cache else LEFT_OUT | {CACHE}
-        num_files, num_bytes = _copy(settings.data_dir, target / FILES, left_out=left_out)
+        if bucket is None:
+            num_files, num_bytes = _copy(settings.data_dir, target / FILES, left_out=left_out)
+        else:
+            names = [name for name in SHARED if name not in left_out]
+            saved = [
+                bucket.save_folder(settings.data_dir / name, target / FILES / name)
+                for name in names
+            ]
+            num_files, num_bytes = (sum(counts) for counts in zip(*saved, strict=True))
     manifest = Manifest(
         version=VERSION,
         schema=schema,
@@ -91,6 +102,7 @@ def back_up(engine: Engine, settings: Settings, target: Path, *, with_cache: boo
         num_files=num_files,
         num_bytes=num_bytes,
         has_cache=with_cache,
+        in_bucket=bucket is not None,
     )
     (target / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     return manifest
@@ -101,6 +113,7 @@ def check_restore(engine: Engine, settings: Settings, source: Path) -> Manifest:
 
     Raises:
         BackupRefused: the copy is not whole, or there is something here already.
+        NotReady: the bucket cannot be reached.
     """
     try:
         manifest = Manifest(**json.loads((source / MANIFEST).read_text()))
@@ -110,15 +123,25 @@ def check_restore(engine: Engine, settings: Settings, source: Path) -> Manifest:
         ) from error
     if inspect(engine).get_table_names():
         raise BackupRefused("The database has tables already. Restore into an empty one.")
-    folder = settings.data_dir
-    there = {path.name for path in folder.iterdir()} - LEFT_OUT if folder.exists() else set()
+    folder, bucket = settings.data_dir, bucket_of(settings)
+    if bucket is not None:
+        if not manifest.in_bucket:
+            raise BackupRefused(
+                f"{source} is the copy of a data directory, without what marks whole folders in a "
+                "bucket. Restore it without WINNOW_ARTIFACTS."
+            )
+        there = {name for name in SHARED if folders_in(folder / name)}
+        place = f"The bucket folder {settings.artifacts} (WINNOW_ARTIFACTS)"
+    else:
+        there = {path.name for path in folder.iterdir()} - LEFT_OUT if folder.exists() else set()
+        place = str(folder)
     if there:
-        raise BackupRefused(f"{folder} holds {', '.join(sorted(there))}. Name another folder.")
+        raise BackupRefused(f"{place} holds {', '.join(sorted(there))}. Name another folder.")
     return manifest
 
 
 def restore(engine: Engine, settings: Settings, source: Path) -> list[str]:
-    """Set a copy up in an empty database and an empty data directory; start the service after it.
+    """Set a copy up in an empty database and an empty place for files; start the service after it.
 
     Returns:
         Ids of ended audits whose results are not all there: they were deleted while the copy was
@@ -128,24 +151,28 @@ def restore(engine: Engine, settings: Settings, source: Path) -> list[str]:
         BackupRefused: as `check_restore`, or pg_restore does not succeed.
     """
     check_restore(engine, settings, source)
-    _copy(source / FILES, settings.data_dir, left_out=frozenset())
+    bucket = bucket_of(settings)
+    if bucket is None:
+        _copy(source / FILES, settings.data_dir, left_out=frozenset())
+    else:
+        bucket.load_folder(source / FILES, settings.data_dir)
     with engine.begin() as connection:
         make_tenant_role(connection)  # roles are no part of a dump
     dump = str(source / DUMP)
     _run("pg_restore", "--no-owner", "--exit-on-error", "--single-transaction", dump, of=engine)
     migrate(engine)
     give_back_all_work(engine)
-    return _incomplete(engine, settings)
+    return _incomplete(engine, source / FILES)
 
 
-def _incomplete(engine: Engine, settings: Settings) -> list[str]:
+def _incomplete(engine: Engine, files_dir: Path) -> list[str]:
     found = []
     with Session(engine) as session:
         ended = select(Audit.id, Audit.summary["ranking_id"].astext, Audit.summary["files"])
         for audit_id, ranking_id, files in session.execute(
             ended.where(Audit.state == AuditState.SUCCEEDED)
         ):
-            folder = audit_folder(settings.data_dir, audit_id) / "results" / str(ranking_id)
+            folder = audit_folder(files_dir, audit_id) / "results" / str(ranking_id)
             names = {f"suspects.{name}": file["bytes"] for name, file in (files or {}).items()}
             if not all(_size(folder / name) == size for name, size in names.items()):
                 found.append(audit_id)
@@ -194,6 +221,8 @@ def _copy(source: Path, target: Path, *, left_out: frozenset[str]) -> tuple[int,
 
 
 def _is_kept(name: str) -> bool:
+    if name == WHOLE:  # of the bucket that the copy was taken of
+        return False
     return not name.endswith((".partial", ".incomplete", ".lock")) and "staging-" not in name
 
 

@@ -22,7 +22,7 @@ from app.embedded import (
     data_directory,
     embedded_postgres,
 )
-from app.errors import Conflict, NotFound
+from app.errors import Conflict, NotFound, NotReady
 from app.keys import service as keys
 from app.keys.models import ApiKey
 from app.keys.scopes import read_scopes
@@ -45,6 +45,7 @@ EXPLAINED = (
     MigrationBlocked,
     MissingSetting,
     NotFound,
+    NotReady,
     OperationalError,
     RefusedToStart,
     ServerDidNotStart,
@@ -54,7 +55,7 @@ EXPLAINED = (
 
 def explain(error: Exception) -> str:
     """Return one of the explained errors as a sentence."""
-    if isinstance(error, Conflict):
+    if isinstance(error, (Conflict, NotReady)):
         return str(error.detail)
     if isinstance(error, NotFound):
         return f"{error.detail} `winnow keys list` shows those there are."
