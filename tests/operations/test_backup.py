@@ -2,15 +2,13 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from app import backup, verbs
@@ -20,16 +18,12 @@ from app.backup import MANIFEST, BackupRefused, back_up, restore
 from app.db import make_engine, transaction
 from app.embedded import embedded_postgres
 from app.settings import Settings, get_settings
-from app.shared_files import WHOLE, fetch_folder
 from app.work.keeping import may_tidy
 from app.work.models import WorkUnit
-from tests.buckets import MotoBucket, bucket, in_bucket
 from tests.e2e.conftest import Service
 from tests.factories import make_finished_audit
 from tests.operations.collector import Collector, trace_collector
 from tests.pipeline import tiny
-
-__all__ = ["bucket", "in_bucket"]
 
 SMALL = {
     "WINNOW_SAMPLES_PER_SHARD": "20",
@@ -179,112 +173,6 @@ class TestRefusals:
         with pytest.raises(BackupRefused, match="nobody_at_all"):
             back_up(engine, settings, tmp_path / "b", with_cache=True)
         assert not (tmp_path / "b" / MANIFEST).exists()
-
-
-class TestOfABucket:
-    """Where the files are in one, a copy holds its objects, and goes into one or on the disk."""
-
-    @pytest.fixture
-    def empty_database(self, engine: Engine) -> Iterator[Engine]:
-        with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
-            connection.execute(text("CREATE DATABASE elsewhere"))
-            elsewhere = make_engine(
-                engine.url.set(database="elsewhere").render_as_string(hide_password=False)
-            )
-            yield elsewhere
-            elsewhere.dispose()
-            connection.execute(text("DROP DATABASE elsewhere"))
-
-    @pytest.fixture
-    def audit(self, engine: Engine, in_bucket: Settings, bucket: MotoBucket) -> Audit:
-        """One whose files no machine has any more; a model of the hub is there too."""
-        audit = make_finished_audit(engine, in_bucket)
-        data = in_bucket.data_dir
-        for path in (data / "audits").rglob("*"):
-            if path.is_file():
-                bucket.put(str(path.relative_to(data)), path.read_bytes())
-        shutil.rmtree(data / "audits")
-        for name in ("config.json", WHOLE):
-            bucket.put(f"cache/models/m/{name}")
-        bucket.put("notes.txt", b"somebody else's")
-        return audit
-
-    @staticmethod
-    def place(in_bucket: Settings, name: str, *, artifacts: str | None) -> Settings:
-        update = {"data_dir": in_bucket.data_dir.with_name(name), "artifacts": artifacts}
-        return in_bucket.model_copy(update=update)
-
-    def test_it_is_set_up_in_another_bucket(
-        self,
-        engine: Engine,
-        empty_database: Engine,
-        in_bucket: Settings,
-        bucket: MotoBucket,
-        audit: Audit,
-    ) -> None:
-        copy = in_bucket.data_dir.with_name("copy")
-        names = {name for name in bucket.names() if name != "notes.txt"}
-        manifest = back_up(engine, in_bucket, copy, with_cache=True)
-        assert (manifest.num_files, manifest.in_bucket) == (len(names), True)
-        assert manifest.num_bytes > 0
-        there = self.place(in_bucket, "there", artifacts="winnow-files/lab/other")
-        assert restore(empty_database, there, copy) == []
-        assert {*replace(bucket, prefix="lab/other").names()} == names
-        with Session(empty_database) as session:
-            assert session.get_one(Audit, audit.id).state == "succeeded"
-        model = there.data_dir / "cache" / "models" / "m"
-        assert fetch_folder(model)
-        assert [path.name for path in model.iterdir()] == ["config.json"]
-
-    def test_it_is_set_up_on_a_disk(
-        self,
-        engine: Engine,
-        empty_database: Engine,
-        in_bucket: Settings,
-        audit: Audit,
-    ) -> None:
-        copy = in_bucket.data_dir.with_name("copy")
-        back_up(engine, in_bucket, copy, with_cache=True)
-        there = self.place(in_bucket, "there", artifacts=None)
-        assert restore(empty_database, there, copy) == []
-        files = [path.name for path in there.data_dir.rglob("*") if path.is_file()]
-        assert {"suspects.parquet", "config.json"} <= {*files}
-        assert WHOLE not in files
-
-    def test_what_is_missing_in_it_is_named(
-        self,
-        engine: Engine,
-        empty_database: Engine,
-        in_bucket: Settings,
-        bucket: MotoBucket,
-        audit: Audit,
-    ) -> None:
-        copy = in_bucket.data_dir.with_name("copy")
-        (table,) = [name for name in bucket.names("audits") if name.endswith(".parquet")]
-        bucket.client.delete_object(Bucket="winnow-files", Key=f"lab/one/{table}")
-        back_up(engine, in_bucket, copy, with_cache=False)
-        assert not (copy / "files" / "cache").exists()
-        there = self.place(in_bucket, "there", artifacts="winnow-files/lab/other")
-        assert restore(empty_database, there, copy) == [audit.id]
-
-    def test_a_place_that_it_does_not_fit_is_refused(
-        self,
-        engine: Engine,
-        empty_database: Engine,
-        in_bucket: Settings,
-        audit: Audit,
-    ) -> None:
-        """One that holds files, and a bucket for the copy of a disk."""
-        copy = in_bucket.data_dir.with_name("copy")
-        back_up(engine, in_bucket, copy, with_cache=True)
-        with pytest.raises(BackupRefused, match=r"WINNOW_ARTIFACTS\) holds audits, cache"):
-            restore(empty_database, in_bucket, copy)
-        on_disk = self.place(in_bucket, "disk", artifacts=None)
-        on_disk.data_dir.mkdir()
-        back_up(engine, on_disk, copy.with_name("d"), with_cache=True)
-        there = self.place(in_bucket, "there", artifacts="winnow-files/lab/other")
-        with pytest.raises(BackupRefused, match="without WINNOW_ARTIFACTS"):
-            restore(empty_database, there, copy.with_name("d"))
 
 
 def test_nobody_tidies_up_while_files_are_copied(
