@@ -21,6 +21,7 @@ from workers.pipeline.findings import Findings
 from workers.pipeline.non_finite import check_share, name_rows, no_samples, warn_of
 from workers.pipeline.publish import RANKING_SUMMARY, copy_rows, write_files
 from workers.pipeline.ranking import make_ranking
+from workers.pipeline.runtime import forget_runtime
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.splitting import split_warning
 from workers.pipeline.tokenise import truncation_warnings
@@ -30,6 +31,7 @@ from workers.pipeline.training_facts import TrainingFacts
 def aggregate(context: StageContext) -> StageOutput:
     """Rank the training samples and publish: files first, then rows and state together."""
     artifacts, request = context.artifacts, context.request
+    forget_runtime()  # the audit needs its model no more
     findings = Findings.open(context)
     train, facts, validation = findings.train, findings.facts, findings.validation
     validation_facts = findings.validation_facts

@@ -320,8 +320,8 @@ def _validation_rows(
 
 
 def _ranked_rows(ranking_id: str, ranked: RankedSet) -> Iterator[Columns]:
-    score_GT = torch.stack(list(ranked.group_scores.values()))
-    rank_GT = torch.stack([order_by_score(score_T).argsort().int() for score_T in score_GT])
+    scores = list(ranked.group_scores.values())
+    rank_GT = torch.stack([order_by_score(score_T).argsort().int() for score_T in scores])
     related = ranked.related
     for first, index_N in ranked.chunks():
         nothing: list[list[Any]] = [[]] * len(index_N)
@@ -334,7 +334,7 @@ def _ranked_rows(ranking_id: str, ranked: RankedSet) -> Iterator[Columns]:
             "score": ranked.group_scores[ranked.layers][index_N].tolist(),
             "flagged": [rank < ranked.num_flagged for rank in ranks],
             **ranked.judged(index_N),
-            "group_scores": _lists(score_GT[:, index_N]),
+            "group_scores": _lists(torch.stack([score_T[index_N] for score_T in scores])),
             "group_ranks": _lists(rank_GT[:, index_N]),
             "harmed_validation": _lists(related.harmed_KT[:, index_N]) if related else nothing,
             "harmed_influence": _lists(related.harm_KT[:, index_N]) if related else nothing,
