@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,6 +22,7 @@ def influence_of(num_samples: int) -> Tensor:
     return torch.randn(3, 4, num_samples, generator=generator)
 
 
+@settings(deadline=None)  # a disk takes its time to flush
 @given(
     sizes=CUTS,
     is_left_out=st.lists(st.booleans(), min_size=72, max_size=72),
@@ -76,6 +77,13 @@ def test_tensors_of_all_kinds_are_read_back_as_they_were_written(tmp_path: Path)
             file.put_rows(name, torch.tensor([0, 2]), tensor[[0, 2]])
             file.put_rows(name, slice(1, 2), tensor[1:2])
     assert all(torch.equal(tensor, like[name]) for name, tensor in load_file(path).items())
+
+
+def test_a_shard_without_samples_has_a_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "influence.safetensors"
+    with writing_influence(path, (2, 3, 0), index=torch.zeros(0, dtype=torch.int64)):
+        pass
+    assert load_file(path)["influence"].shape == (2, 3, 0)
 
 
 def test_a_shard_that_fails_leaves_no_file(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class TensorWriter:
     def _write(self, name: str, first: int, value: Tensor) -> None:
         like = self._like[name]
         array: Any = value.detach().to("cpu", like.dtype).contiguous().numpy()
-        rest = memoryview(array).cast("B")
+        rest = memoryview(array.reshape(-1).view("u1"))
         offset = self._start + self._offset[name] + first * like.element_size()
         while rest:
             written = os.pwrite(self._file.fileno(), rest, offset)
