@@ -275,7 +275,7 @@ class Bucket:
     def _s3(self) -> Any:  # noqa: ANN401  boto3 makes its classes at run time
         return self._client(_PATIENT)
 
-    def _client(self, patience: _Patience) -> Any:  # noqa: ANN401
+    def _client(self, patience: _Patience) -> Any:  # noqa: ANN401  as above
         with self._connecting:  # a client may be used by many threads, and made by one at a time
             if patience not in self._clients:
                 config = Config(
@@ -287,7 +287,7 @@ class Bucket:
                 self._clients[patience] = boto3.client("s3", config=config, **self._options)
             return self._clients[patience]
 
-    def _delete(self, s3: Any, keys: list[str]) -> None:  # noqa: ANN401
+    def _delete(self, s3: Any, keys: list[str]) -> None:  # noqa: ANN401  as above
         objects = [{"Key": key} for key in keys]
         answer = s3.delete_objects(Bucket=self._name, Delete={"Objects": objects, "Quiet": True})
         for refused in answer.get("Errors", ()):  # the status is 200 all the same

@@ -89,6 +89,17 @@ def request_for(root: Path) -> dict[str, Any]:
     }
 
 
+def check_files_and_finish(restored: Service, *, done: dict[str, Any], half_done: str) -> None:
+    """The files of one audit are whole, and the other, begun before, ends with the same bytes."""
+    for name, file in done["results"]["files"].items():
+        answer = restored.http.get(f"/v1/audits/{done['id']}/suspects.{name}")
+        assert answer.headers["etag"] == f'"{file["sha256"]}"'
+        assert len(answer.content) == file["bytes"]
+    ended = restored.finish(half_done)
+    assert ended["state"] == "succeeded", ended
+    assert hashes(ended) == hashes(done)
+
+
 def hashes(audit: dict[str, Any]) -> dict[str, str]:
     return {name: file["sha256"] for name, file in audit["results"]["files"].items()}
 
@@ -121,13 +132,7 @@ def test_a_service_at_work_goes_on_elsewhere_to_the_byte(
     environment = original.environment | {"OTEL_SDK_DISABLED": "true"}
     with running(tmp_path / "restored", environment) as restored:
         assert restored.http.get(f"/v1/audits/{done['id']}/suspects").json() == suspects
-        for name, file in done["results"]["files"].items():
-            answer = restored.http.get(f"/v1/audits/{done['id']}/suspects.{name}")
-            assert answer.headers["etag"] == f'"{file["sha256"]}"'
-            assert len(answer.content) == file["bytes"]
-        ended = restored.finish(half_done)
-        assert ended["state"] == "succeeded", ended
-        assert hashes(ended) == hashes(done)
+        check_files_and_finish(restored, done=done, half_done=half_done)
 
     of_done = [span for span in collector.spans if done["id"] in span.attributes.values()]
     (submitted,) = {span.parent_id for span in of_done}

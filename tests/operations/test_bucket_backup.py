@@ -19,7 +19,7 @@ from app.settings import Settings
 from app.shared_files import WHOLE, fetch_folder
 from tests.buckets import MotoBucket, bucket, in_bucket
 from tests.factories import make_finished_audit
-from tests.operations.test_backup import SMALL, hashes, request_for, running
+from tests.operations.test_backup import SMALL, check_files_and_finish, request_for, running
 
 __all__ = ["bucket", "in_bucket"]
 
@@ -49,13 +49,7 @@ def test_a_service_at_work_goes_on_in_another_bucket_to_the_byte(
     environment["WINNOW_ARTIFACTS"] = "s3://winnow-files/lab/other"
     winnow("restore", tmp_path / "copy", "--data-dir", tmp_path / "restored", **environment)
     with running(tmp_path / "restored", environment) as restored:
-        for name, file in done["results"]["files"].items():
-            answer = restored.http.get(f"/v1/audits/{done['id']}/suspects.{name}")
-            assert answer.headers["etag"] == f'"{file["sha256"]}"'
-            assert len(answer.content) == file["bytes"]
-        ended = restored.finish(half_done)
-        assert ended["state"] == "succeeded", ended
-        assert hashes(ended) == hashes(done)
+        check_files_and_finish(restored, done=done, half_done=half_done)
 
 
 def winnow(*arguments: str | Path, **environment: str) -> None:

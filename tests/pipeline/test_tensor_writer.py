@@ -1,5 +1,6 @@
 """A file that is written as its shard is computed is the one that would be written at the end."""
 
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import patch
 
@@ -72,7 +73,7 @@ def test_tensors_of_all_kinds_are_read_back_as_they_were_written(tmp_path: Path)
         "gradient": torch.randn(3, 5),
     }
     path = tmp_path / "tensors.safetensors"
-    with TensorWriter(path, like) as file:
+    with closing(TensorWriter(path, like)) as file:
         for name, tensor in like.items():
             file.put_rows(name, torch.tensor([0, 2]), tensor[[0, 2]])
             file.put_rows(name, slice(1, 2), tensor[1:2])

@@ -5,7 +5,7 @@ batch of them, d entries of a module, H hidden width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -116,7 +116,7 @@ def keeping(path: Path, runtime: Runtime, shard: Shard, modules: Sequence[int]) 
         f"{module:05d}": torch.empty(len(shard), specs[module].num_parameters, device="meta")
         for module in modules
     }
-    with atomically(path) as temporary, TensorWriter(temporary, like) as file:
+    with atomically(path) as temporary, closing(TensorWriter(temporary, like)) as file:
         yield lambda module, positions, gradient_Bd: file.put_rows(
             f"{module:05d}", positions, gradient_Bd
         )

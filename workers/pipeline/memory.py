@@ -64,7 +64,7 @@ class Workload:
             the draws of the sketches.
         influence_floats: influence of all estimators on one training sample.
         activation_bytes: what a token needs in a forward and backward pass.
-        keeps_gradients: whether the dense gradients of a shard are buffered for later passes.
+        keeps_gradients: whether the dense gradients are kept on disk for later passes.
     """
 
     num_validation: int

@@ -7,10 +7,9 @@ T the shard's training samples, B a batch of them, P those of a part.
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import orjson
 import torch
@@ -53,15 +52,8 @@ class TensorWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(self._start + size)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def put_rows(self, name: str, positions: slice | Tensor, value: Tensor) -> None:
@@ -145,7 +137,7 @@ def writing_influence(
         others: what else the file holds, as it is at the end of the block.
     """
     like = {"influence": torch.empty(shape, device="meta"), **others}
-    with atomically(path) as temporary, TensorWriter(temporary, like) as file:
+    with atomically(path) as temporary, closing(TensorWriter(temporary, like)) as file:
         influence = InfluenceWriter(file, shape)
         yield influence
         influence.flush()
