@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.influence.noise import flip_labels
-from workers.pipeline.arms import kept_without_lowest, random_order
+from workers.pipeline.arms import kept_without_lowest
+from workers.pipeline.draws import random_order
 
 
 @settings(deadline=None, derandomize=True)
@@ -28,13 +29,15 @@ def test_removal_at_random_does_not_find_noise_that_was_planted_with_the_same_se
     _, is_noisy_T = flip_labels(
         torch.zeros(num_train, dtype=torch.int64), num_classes=2, fraction=0.3, seed=seed
     )
-    order_T = random_order(num_train, seed=seed)
+    order_T = random_order(num_train, seed=seed, purpose="removal at random")
     assert torch.equal(order_T.sort().values, torch.arange(num_train))
-    assert torch.equal(order_T, random_order(num_train, seed=seed))
+    again_T = random_order(num_train, seed=seed, purpose="removal at random")
+    assert torch.equal(order_T, again_T)
     found = float((is_noisy_T & ~kept_without_lowest(order_T, 0.3)).sum()) / 600
     assert 0.2 < found < 0.4
 
 
 def test_seeds_remove_others() -> None:
-    kept = [kept_without_lowest(random_order(50, seed=seed), 0.3) for seed in range(20)]
+    orders = [random_order(50, seed=seed, purpose="removal at random") for seed in range(20)]
+    kept = [kept_without_lowest(order_T, 0.3) for order_T in orders]
     assert len({tuple(row.tolist()) for row in kept}) == 20

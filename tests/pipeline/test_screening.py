@@ -11,6 +11,7 @@ from tests.pipeline import tiny
 from tests.pipeline.conftest import Models
 from tests.pipeline.loops import read_influence
 from tests.pipeline.workplace import Workplace, results
+from workers.pipeline import screening
 from workers.pipeline.training_facts import TrainingFacts
 
 TRAIN = tiny.reviews(90, seed=0, labels=(0, 1))
@@ -71,6 +72,25 @@ def test_it_is_an_exact_audit_of_the_samples_with_high_losses(
     torch.testing.assert_close(influence, expected, rtol=1e-3, atol=1e-4 * float(scale))
 
 
+def test_noise_that_was_planted_with_the_same_seed_does_not_raise_the_threshold(
+    run: Callable[..., Audit], workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are looked at in a random order; of the same draw all of them would be of noise."""
+    num_train, seed = 400, 3
+    monkeypatch.setattr(screening, "_NUM_DRAWN", num_train // 5)
+    monkeypatch.setitem(EPOCHS, "epochs", 8)
+    audit = run(
+        "tracin",
+        table=tiny.reviews(num_train, seed=0, labels=(0, 1)),
+        plant_noise={"fraction": 0.2, "seed": seed},
+        seed=seed,
+    )
+    loss_T = facts_of(workplace, audit).loss_T
+    noisy = [row.sample_index for row in workplace.training_rows(audit.id) if row.is_noisy]
+    assert loss_T[noisy].median() > loss_T.quantile(0.8)
+    assert 0.2 * num_train < audit.summary["num_compared"] < 0.4 * num_train
+
+
 @pytest.mark.parametrize("aggregation", ["mean", "rank", "vote", "median", "common_set"])
 def test_the_others_stand_behind_them_the_higher_losses_first(
     run: Callable[..., Audit], workplace: Workplace, aggregation: str
@@ -101,6 +121,26 @@ def test_not_a_bit_depends_on_the_number_of_shards(
     assert cut.provenance["num_shards"] > whole.provenance["num_shards"]
     assert results(whole) == results(cut)
     assert whole.summary["num_compared"] == cut.summary["num_compared"] < 90
+
+
+@pytest.mark.parametrize(
+    "estimator", ["grad_cosine", "datainf", "gauss_newton", "ekfac", "tracin", "self_influence"]
+)
+def test_a_shard_may_have_nobody_to_compare(
+    run: Callable[..., Audit], workplace: Workplace, estimator: str
+) -> None:
+    table = tiny.reviews(12, seed=0, labels=(0, 1))
+    whole, cut = (
+        run(estimator, table=table, settings={"samples_per_shard": size, "tokens_per_batch": 1})
+        for size in (1000, 1)
+    )
+    assert cut.provenance["num_shards"] == 12 > cut.summary["num_compared"]
+    assert results(whole) == results(cut)
+
+
+def test_samples_that_are_all_the_same_are_all_compared(run: Callable[..., Audit]) -> None:
+    same = {name: values[:1] * 30 for name, values in TRAIN.items()}
+    assert run("grad_cosine", table=same).summary["num_compared"] == 30
 
 
 def test_winnow_chooses_and_explains_as_ever(

@@ -18,6 +18,7 @@ from workers.influence.aggregation import order_by_score
 from workers.influence.estimators import Estimator
 from workers.pipeline.artifacts import Artifacts, read_json, read_tensors, write_json, write_tensors
 from workers.pipeline.context import StageContext
+from workers.pipeline.draws import random_order
 from workers.pipeline.samples import SampleSet
 from workers.pipeline.scores import Scorer
 from workers.pipeline.training_facts import TrainingFacts
@@ -251,7 +252,7 @@ def _data_of(
             case ArmName.FILTERED:
                 yield TrainingData(kept_without_lowest(order_T, verify.fraction))
             case ArmName.RANDOM:
-                drawn_T = random_order(len(train), seed=seed)
+                drawn_T = random_order(len(train), seed=seed, purpose="removal at random")
                 yield TrainingData(kept_without_lowest(drawn_T, verify.fraction))
             case ArmName.ORACLE:
                 noisy_T = train.is_noisy_T
@@ -268,15 +269,3 @@ def kept_without_lowest(order_T: Tensor, fraction: float) -> Tensor:
     is_kept_T = torch.ones(len(order_T), dtype=torch.bool)
     is_kept_T[order_T[: round(fraction * len(order_T))]] = False
     return is_kept_T
-
-
-def random_order(num_train: int, *, seed: int) -> Tensor:
-    """Return the training indices in a random order that depends on the seed alone.
-
-    Planted noise and the order of batches are drawn from seeds too, and from the same numbers in
-    the same way the same draw would come: removal at random with the seed of the planted noise
-    would remove exactly that. So the seed is hashed first.
-    """
-    digest = hashlib.sha256(f"winnow: removal at random, seed {seed}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.randperm(num_train, generator=generator)

@@ -56,6 +56,7 @@ def describe_cancellation(
 def _total(files: Sequence[TensorFile], module: int) -> Tensor:
     """Return Σ_i g_i of a module; of word embeddings the rows of the tokens that occur, [U, H]."""
     name, tokens = f"total/{module:05d}", f"total_tokens/{module:05d}"
+    files = [file for file in files if name in file]  # not where a shard has nobody to compare
     parts = [file.rows(name) for file in files]
     if tokens not in files[0]:
         total, *others = parts

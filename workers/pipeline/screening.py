@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workers.pipeline.artifacts import TensorFile
 from workers.pipeline.context import StageContext
+from workers.pipeline.draws import random_order
 from workers.pipeline.facts import Facts
 from workers.pipeline.runtime import Runtime
 from workers.pipeline.shards import Shard
@@ -21,18 +22,21 @@ from workers.pipeline.training_facts import read_compared
 COMPARED_SHARE = 0.3
 # a share is then known to three points
 _NUM_DRAWN = 256
+# of losses by products in bfloat16, where batches are padded otherwise
+_ROUNDING = 0.003
 
 
 def least_loss(context: StageContext, runtime: Runtime) -> float | None:
     """Return the loss from which on samples are compared; None with effort exact.
+
+    None, too, where only the rounding of the passes tells losses apart.
 
     Estimated on a random part of the training set, so that shards need not wait for each other.
     """
     if context.request.effort == "exact":
         return None
     num_train = len(runtime.train)
-    generator = torch.Generator().manual_seed(context.request.seed)
-    drawn = torch.randperm(num_train, generator=generator)[:_NUM_DRAWN]
+    drawn = random_order(num_train, seed=context.request.seed, purpose="screening")[:_NUM_DRAWN]
     losses = []
     for indices in drawn.split(runtime.limits.samples_of(int(runtime.train.length_T.max()))):
         context.hold.keep_alive()
@@ -42,7 +46,8 @@ def least_loss(context: StageContext, runtime: Runtime) -> float | None:
     finite_N = loss_N[loss_N.isfinite()]
     if not len(finite_N):
         return None
-    return float(finite_N.quantile(1 - COMPARED_SHARE, interpolation="lower"))
+    least = float(finite_N.quantile(1 - COMPARED_SHARE, interpolation="lower"))
+    return least if float(finite_N.max()) > (1 + _ROUNDING) * least else None
 
 
 def screened(
