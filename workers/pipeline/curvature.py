@@ -17,7 +17,7 @@ from app.shared_files import fetch
 from workers.influence.estimators import CurvatureEstimator, TrainingGradients
 from workers.influence.kronecker import KroneckerSums
 from workers.influence.layers import ModuleSpec
-from workers.pipeline.artifacts import TensorFile, read_tensors, write_tensors
+from workers.pipeline.artifacts import TensorFile, read_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import estimators_of
 from workers.pipeline.gradients import keep_block, shard_batches, stream_kept
@@ -25,6 +25,7 @@ from workers.pipeline.memory import FLOAT32
 from workers.pipeline.non_finite import check_share
 from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.shards import Shard
+from workers.pipeline.tensor_writer import writing_tensors
 from workers.pipeline.training_facts import TrainingFacts, read_compared
 
 MAX_MODULES_PER_BLOCK = 8
@@ -86,22 +87,29 @@ def fit_curvature(context: StageContext) -> StageOutput:
         keep_block(context, runtime, block=block, modules=modules)
     validation = runtime.validation_rows(artifacts.validation_gradients())
     estimators = curvature_estimators(context)
-    queries: dict[str, Tensor] = {}
     is_finite_T = TrainingFacts(artifacts, context.provenance["num_shards"]).is_finite_T
     check_share(context, is_finite_T, name="training")
     with_probes = [False, True] if context.num_probe_shards else [False]
     passes = list(itertools.product(modules, with_probes))
-    training: TrainingGradients | None = None
-    for number, (module, has_probes) in enumerate(passes):
-        training = _training_gradients(
-            context, runtime, block=block, module=module, before=training if has_probes else None
+    like = {
+        query_name(estimator.name, module, for_probes=has_probes): torch.empty(
+            len(validation[module]), validation[module].num_parameters, device="meta"
         )
-        validation_Vd = validation[module].dense()
-        for place, estimator in enumerate(estimators):
-            context.hold.step(number * len(estimators) + place, len(passes) * len(estimators))
-            name = query_name(estimator.name, module, for_probes=has_probes)
-            queries[name] = estimator.queries(validation_Vd=validation_Vd, training=training)
-    write_tensors(artifacts.queries(block), queries)
+        for (module, has_probes), estimator in itertools.product(passes, estimators)
+    }
+    training: TrainingGradients | None = None
+    with writing_tensors(artifacts.queries(block), like) as file:
+        for number, (module, has_probes) in enumerate(passes):
+            before = training if has_probes else None
+            training = _training_gradients(
+                context, runtime, block=block, module=module, before=before
+            )
+            validation_Vd = validation[module].dense()
+            for place, estimator in enumerate(estimators):
+                context.hold.step(number * len(estimators) + place, len(passes) * len(estimators))
+                name = query_name(estimator.name, module, for_probes=has_probes)
+                query_Vd = estimator.queries(validation_Vd=validation_Vd, training=training)
+                file.put_rows(name, slice(0, len(query_Vd)), query_Vd)
     context.hold.keep_alive()  # who lost the lease leaves the files to the heir
     artifacts.remove_block(block)
     return StageOutput()
@@ -185,8 +193,8 @@ def _read_kronecker(shards: Sequence[Shard], module: int) -> KroneckerSums | Non
         if not fetch(path):
             return None
         tensors = read_tensors(path, prefix=f"{module:05d}/")
-        if not tensors:
-            return None
+        if not tensors:  # nobody of this shard is compared, or the module has none in any
+            continue
         sums = KroneckerSums.from_tensors(tensors)
         result = sums if result is None else result + sums
     return result

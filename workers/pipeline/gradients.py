@@ -5,7 +5,7 @@ batch of them, d entries of a module, H hidden width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from app.shared_files import fetch
 from app.work.models import Stage
 from workers.influence.kronecker import KroneckerSums
-from workers.pipeline.artifacts import TensorFile, atomically, write_tensors
+from workers.pipeline.artifacts import TensorFile, write_tensors
 from workers.pipeline.context import StageContext, StageOutput
 from workers.pipeline.estimating import wishes_of
 from workers.pipeline.facts import Facts, Totals
@@ -23,7 +23,7 @@ from workers.pipeline.runtime import Runtime, load_runtime
 from workers.pipeline.screening import compared, narrowed, screened
 from workers.pipeline.shard_influence import ShardInfluence
 from workers.pipeline.shards import Shard
-from workers.pipeline.tensor_writer import TensorWriter
+from workers.pipeline.tensor_writer import writing_tensors
 
 Keep = Callable[[int, slice | Tensor, Tensor], None]
 """Gets a module, positions in the shard, and gradient_Bd."""
@@ -116,7 +116,7 @@ def keeping(path: Path, runtime: Runtime, shard: Shard, modules: Sequence[int]) 
         f"{module:05d}": torch.empty(len(shard), specs[module].num_parameters, device="meta")
         for module in modules
     }
-    with atomically(path) as temporary, closing(TensorWriter(temporary, like)) as file:
+    with writing_tensors(path, like) as file:
         yield lambda module, positions, gradient_Bd: file.put_rows(
             f"{module:05d}", positions, gradient_Bd
         )

@@ -126,6 +126,13 @@ class InfluenceWriter:
 
 
 @contextmanager
+def writing_tensors(path: Path, like: Mapping[str, Tensor]) -> Iterator[TensorWriter]:
+    """Write a file of tensors, whole or not at all; `like` is as for `TensorWriter`."""
+    with atomically(path) as temporary, closing(TensorWriter(temporary, like)) as file:
+        yield file
+
+
+@contextmanager
 def writing_influence(
     path: Path, shape: tuple[int, int, int], **others: Tensor
 ) -> Iterator[InfluenceWriter]:
@@ -137,7 +144,7 @@ def writing_influence(
         others: what else the file holds, as it is at the end of the block.
     """
     like = {"influence": torch.empty(shape, device="meta"), **others}
-    with atomically(path) as temporary, closing(TensorWriter(temporary, like)) as file:
+    with writing_tensors(path, like) as file:
         influence = InfluenceWriter(file, shape)
         yield influence
         influence.flush()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from workers.influence.rows import GradientRows
+from workers.influence.rows import GradientRows, HeldRows
 from workers.pipeline.artifacts import write_tensors
 from workers.pipeline.context import StageContext
 from workers.pipeline.estimating import wishes_of
@@ -36,7 +36,7 @@ class ValidationRows:
 def collect_validation(context: StageContext, runtime: Runtime) -> ValidationRows:
     """Take the validation gradients, on the CPU."""
     samples, num_modules = runtime.trusted, len(runtime.extractor.modules)
-    parts: list[list[GradientRows]] = [[] for _ in range(num_modules)]
+    held: list[HeldRows] = []
     hidden: list[Tensor] = []
     facts = Facts(len(samples), num_modules, features=wishes_of(context).features)
     batches = plan_batches(samples.length_T, runtime.limits)
@@ -48,24 +48,21 @@ def collect_validation(context: StageContext, runtime: Runtime) -> ValidationRow
             sample = runtime.extract(samples, indices)
             rows = [part.to(torch.device("cpu")) for part in sample.gradients]
         facts.put(indices, sample)
-        # what is appended comes last: a batch that runs out of memory is done again in halves
-        for module, part in enumerate(rows):
-            parts[module].append(part)
+        # what is kept comes last: a batch that runs out of memory is done again in halves
+        if not held:
+            held.extend(HeldRows(len(samples)) for _ in rows)
+        for holder, part in zip(held, rows, strict=True):
+            holder.put(indices, part)
         if sample.hidden_LBH is not None:
             hidden.append(sample.hidden_LBH.cpu())
 
     runtime.limits = in_batches(
         index_V, samples.length_T[index_V], limits=runtime.limits, work=work
     )
-    back_V = index_V.argsort()
-    rows: list[GradientRows] = []
-    for part in parts:  # module by module, so that only one is held twice
-        rows.append(GradientRows.concatenate(part).select(back_V))
-        part.clear()
     return ValidationRows(
-        rows=rows,
+        rows=[holder.rows() for holder in held],
         facts=facts,
-        hidden_LVH=torch.cat(hidden, dim=1)[:, back_V] if hidden else None,
+        hidden_LVH=torch.cat(hidden, dim=1)[:, index_V.argsort()] if hidden else None,
     )
 
 
