@@ -1,5 +1,6 @@
 """Shards follow the speed that was measured, and no result follows the shards."""
 
+import math
 import time
 from datetime import timedelta
 
@@ -70,13 +71,17 @@ def test_the_pace_is_the_median_of_what_went_well() -> None:
     tokens=st.integers(1, 2000),
     samples=st.integers(1, 130),
 )
-def test_shards_keep_to_their_tokens_and_can_be_cut_again_from_the_plan(
+def test_shards_have_as_many_tokens_each_and_can_be_cut_again_from_the_plan(
     length_T: torch.Tensor, tokens: int, samples: int
 ) -> None:
     limits = BatchLimits(96)
     shards = plan_shards(length_T, limits, samples_per_shard=samples, tokens_per_shard=tokens)
-    largest_batch = 96
-    assert all(int(length_T[shard].sum()) <= max(tokens, largest_batch) for shard in shards)
+    largest_batch, total = 96, int(length_T.sum())
+    even = total / math.ceil(total / tokens)
+    assert all(int(length_T[shard].sum()) <= even + largest_batch for shard in shards)
+    if samples >= len(length_T):
+        assert all(int(length_T[shard].sum()) >= even - largest_batch for shard in shards)
+        assert len(shards) <= math.ceil(total / tokens)
     most = min(samples, max(map(len, shards)))  # what is kept of the plan
     again = plan_shards(length_T, limits, samples_per_shard=most, tokens_per_shard=tokens)
     assert [shard.tolist() for shard in again] == [shard.tolist() for shard in shards]

@@ -4,6 +4,7 @@ Shapes: N samples.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -151,21 +152,26 @@ def plan_shards(
         length_T: the samples' numbers of tokens.
         limits: of a batch.
         samples_per_shard: most samples; a larger batch is a shard of its own.
-        tokens_per_shard: most tokens, likewise; shards of as many take about as long.
+        tokens_per_shard: about how many tokens, to half a batch at either end; all shards have as
+            many, so that they take as long and none is left over.
 
     Returns:
         For every shard the training indices of its samples, in batch order.
     """
+    batches = plan_batches(length_T, limits)
+    tokens_of = [int(length_T[batch].sum()) for batch in batches]
+    total = sum(tokens_of)
+    count = math.ceil(total / tokens_per_shard) if tokens_per_shard else 1
     shards: list[list[Tensor]] = []
-    size = tokens = 0
-    for batch in plan_batches(length_T, limits):
-        size += len(batch)
-        tokens += int(length_T[batch].sum())
-        is_full = tokens_per_shard is not None and tokens > tokens_per_shard
-        if not shards or is_full or size > samples_per_shard:
+    size = before = share = 0
+    for batch, tokens in zip(batches, tokens_of, strict=True):
+        previous, share = share, (2 * before + tokens) * count // (2 * total)
+        if not shards or share != previous or size + len(batch) > samples_per_shard:
             shards.append([])
-            size, tokens = len(batch), int(length_T[batch].sum())
+            size = 0
         shards[-1].append(batch)
+        size += len(batch)
+        before += tokens
     return [torch.cat(batches) for batches in shards]
 
 
