@@ -16,8 +16,9 @@ from app.audits.models import Ranking
 from app.db import new_id, transaction
 from tests.factories import CAUSAL_LM_REQUEST, TENANT, make_audit
 from tests.pipeline.workplace import Workplace
+from workers.pipeline.arrow_columns import name_labels
 from workers.pipeline.evidence import Evidence
-from workers.pipeline.publish import FILE_SCHEMA, RankedSet, copy_rows, name_labels, write_files
+from workers.pipeline.publish import FILE_SCHEMA, RankedSet, copy_rows, write_files
 from workers.pipeline.samples import NO_CLASS, SCHEMA, SampleSet, write_samples
 from workers.pipeline.training_facts import TrainingFacts
 
@@ -152,9 +153,8 @@ def test_rows_of_validation_samples(workplace: Workplace, tmp_path: Path, has_la
     rows = workplace.validation_rows(audit.id)
     given = ["neg", "pos", "neg", "pos"] if has_labels else [None] * NUM
     assert [row.given_label for row in rows] == given
-    assert [row.predicted_label for row in rows] == name_labels(
-        ranked.facts.predicted_T, ranked.labels
-    )
+    predicted = name_labels(ranked.facts.predicted_T, ranked.labels)
+    assert [row.predicted_label for row in rows] == predicted.to_pylist()
 
 
 def add_ranking(session: Session, audit_id: str, ranking_id: str) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -94,6 +95,15 @@ def test_reading_a_batch_does_not_copy_the_whole_set(tmp_path: Path) -> None:
         most = max(most, pool.bytes_allocated() - before)
         del rows
     assert most < 100_000  # the column of tokens alone takes 400,000
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "memory_maps"), reason="no list of mapped files")
+def test_what_was_read_of_a_set_does_not_stay_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "samples.arrow"
+    samples = write(path, [512] * 40)
+    samples.texts(torch.arange(len(samples)))
+    maps = psutil.Process().memory_maps()
+    assert [part.rss for part in maps if part.path == str(path)] == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.int64])

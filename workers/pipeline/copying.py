@@ -3,7 +3,8 @@ r"""Load columns into a table by PostgreSQL's COPY, written by Arrow: no row pas
 The text format, not CSV: before PostgreSQL 18 a line `\.` within a quoted CSV value ends the data.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -24,7 +25,7 @@ def copy_columns(
     schema: pa.Schema,
     chunks: Iterable[Columns],
 ) -> None:
-    """Load chunks of rows into a table.
+    """Load chunks of rows into a table, each being made while the database takes the one before.
 
     Args:
         cursor: of the transaction.
@@ -34,8 +35,22 @@ def copy_columns(
     """
     columns = ", ".join(schema.names)
     with cursor.copy(f"COPY {table} ({columns}) FROM STDIN") as copy:
-        for chunk in chunks:
-            copy.write(copy_text(pa.table({name: chunk[name] for name in schema.names}, schema)))
+        for text in _ahead(_texts(schema, chunks)):
+            copy.write(text)
+
+
+def _texts(schema: pa.Schema, chunks: Iterable[Columns]) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield copy_text(pa.table({name: chunk[name] for name in schema.names}, schema))
+
+
+def _ahead(texts: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield what comes, while a thread makes the next one."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, texts, None)
+        while (text := coming.result()) is not None:
+            coming = thread.submit(next, texts, None)
+            yield text
 
 
 def copy_text(rows: pa.Table) -> bytes:

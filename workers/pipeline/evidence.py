@@ -4,13 +4,16 @@ Shapes: T training samples, N some of them, C classes, P the classes that are sh
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
+import pyarrow as pa
 from torch import Tensor
 
 from workers.influence.aggregation import order_by_score
 from workers.pipeline.alike import Alike, Neighbours, asked_samples, find_alike
+from workers.pipeline.arrow_columns import lists
 from workers.pipeline.context import StageContext
+from workers.pipeline.copying import Columns
 from workers.pipeline.findings import Findings
 
 # Of more classes only the most probable are shown.
@@ -57,53 +60,43 @@ class Evidence:
     alike: Alike | None = None
     probabilities: Probabilities | None = None
 
-    def columns(self, index_N: Tensor) -> dict[str, list[Any]]:
+    def columns(self, index_N: Tensor) -> Columns:
         """Return what the table of training samples holds of it, a value for every sample."""
         return {**self._alike_columns(index_N), **self._probability_columns(index_N)}
 
-    def _alike_columns(self, index_N: Tensor) -> dict[str, list[Any]]:
+    def _alike_columns(self, index_N: Tensor) -> Columns:
         names = ("alike_training", "alike_cosine", "opposed_training", "opposed_cosine")
         if self.alike is None:
-            return dict.fromkeys(names, [None] * len(index_N))
+            return dict.fromkeys(names, pa.nulls(len(index_N)))
         place_N = self.alike.place_T[index_N]
-        lists = [
+        columns = (
             *_lists(self.alike.alike, place_N),
             *_lists(self.alike.opposed, place_N),
-        ]
-        return dict(zip(names, lists, strict=True))
+        )
+        return dict(zip(names, columns, strict=True))
 
-    def _probability_columns(self, index_N: Tensor) -> dict[str, list[Any]]:
+    def _probability_columns(self, index_N: Tensor) -> Columns:
         names = ("shown_classes", "class_probabilities", "out_of_sample_probabilities")
-        nothing: list[Any] = [None] * len(index_N)
-        found = self.probabilities
+        nothing, found = pa.nulls(len(index_N)), self.probabilities
         if found is None:
             return dict.fromkeys(names, nothing)
-        is_said_N = found.model_TP[index_N].any(dim=1).tolist()
+        is_unsaid_N = ~found.model_TP[index_N].any(dim=1)
         values = (found.class_TP, found.model_TP, found.out_of_sample_TP)
         return {
-            name: nothing
-            if value_TP is None
-            else [
-                row if is_said else None
-                for row, is_said in zip(value_TP[index_N].tolist(), is_said_N, strict=True)
-            ]
+            name: nothing if value_TP is None else lists(value_TP[index_N], is_null_N=is_unsaid_N)
             for name, value_TP in zip(names, values, strict=True)
         }
 
 
-def _lists(found: Neighbours, place_N: Tensor) -> tuple[list[Any], list[Any]]:
-    """Return indices and cosines of some samples' neighbours; None where nobody asked."""
-    indices: list[Any] = []
-    cosines: list[Any] = []
-    for place in place_N.tolist():
-        if place < 0:
-            indices.append(None)
-            cosines.append(None)
-            continue
-        is_there_K = found.index_AK[place] >= 0
-        indices.append(found.index_AK[place][is_there_K].tolist())
-        cosines.append(found.cosine_AK[place][is_there_K].tolist())
-    return indices, cosines
+def _lists(found: Neighbours, place_N: Tensor) -> tuple[pa.Array, pa.Array]:
+    """Return indices and cosines of some samples' neighbours; null where nobody asked."""
+    is_null_N = place_N < 0
+    index_NK, cosine_NK = found.index_AK[place_N], found.cosine_AK[place_N]
+    is_there_NK = index_NK >= 0
+    return (
+        lists(index_NK, is_there_NK, is_null_N=is_null_N),
+        lists(cosine_NK, is_there_NK, is_null_N=is_null_N),
+    )
 
 
 def find_evidence(context: StageContext, findings: Findings, score_T: Tensor) -> Evidence:

@@ -3,7 +3,7 @@
 Shapes: T training samples, G layer groups, K related samples.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from app.audits.answers import SCORE_ORDER
 from workers.influence.aggregation import order_by_score
+from workers.pipeline.arrow_columns import lists, name_labels, numbers
 from workers.pipeline.artifacts import atomically, sha256_of
 from workers.pipeline.copying import Columns, copy_columns
 from workers.pipeline.evidence import Evidence
 from workers.pipeline.judging import Judgement
 from workers.pipeline.related import Related
-from workers.pipeline.samples import NO_CLASS, SampleSet
+from workers.pipeline.samples import SampleSet
 from workers.pipeline.training_facts import TrainingFacts
 
 ROWS_PER_CHUNK = 5_000
@@ -143,39 +144,36 @@ class RankedSet:
         """Training indices, the most suspect first."""
         return order_by_score(self.group_scores[self.layers])
 
-    def file_rows(self, index_N: Tensor, first_rank: int) -> dict[str, list[Any]]:
+    def file_columns(self, index_N: Tensor, first_rank: int) -> Columns:
         """Return the columns of FILE_SCHEMA for the samples at consecutive ranks."""
-        count = len(index_N)
-        texts = self.samples.texts(index_N)
+        rank_N = torch.arange(first_rank, first_rank + len(index_N))
         noisy_T = self.samples.is_noisy_T
-        ranks = range(first_rank, first_rank + count)
         return {
-            "rank": list(ranks),
-            "index": index_N.tolist(),
-            "text": [text for text, _ in texts],
-            "text_pair": [pair for _, pair in texts],
+            "rank": numbers(rank_N),
+            "index": numbers(index_N),
+            **self.samples.text_columns(index_N),
             "given_label": name_labels(self.samples.label_T[index_N], self.labels),
             "predicted_label": name_labels(self.facts.predicted_T[index_N], self.labels),
-            "predicted_probability": self.facts.predicted_probability_T[index_N].tolist(),
-            "given_probability": self.facts.given_probability_T[index_N].tolist(),
-            "loss": self.facts.loss_T[index_N].tolist(),
-            "score": self.group_scores[self.layers][index_N].tolist(),
-            "flagged": [rank < self.num_flagged for rank in ranks],
+            "predicted_probability": numbers(self.facts.predicted_probability_T[index_N]),
+            "given_probability": numbers(self.facts.given_probability_T[index_N]),
+            "loss": numbers(self.facts.loss_T[index_N]),
+            "score": numbers(self.group_scores[self.layers][index_N]),
+            "flagged": numbers(rank_N < self.num_flagged),
             **self.judged(index_N),
-            "is_noisy": noisy_T[index_N].tolist() if noisy_T is not None else [None] * count,
-            "non_finite": (~self.facts.is_finite_T[index_N]).tolist(),
+            "is_noisy": pa.nulls(len(index_N)) if noisy_T is None else numbers(noisy_T[index_N]),
+            "non_finite": numbers(~self.facts.is_finite_T[index_N]),
         }
 
-    def judged(self, index_N: Tensor) -> dict[str, list[Any]]:
+    def judged(self, index_N: Tensor) -> Columns:
         """Return how likely the samples are wrong, and the classes that they should rather have."""
-        judgement, nothing = self.judgement, [None] * len(index_N)
+        judgement, nothing = self.judgement, pa.nulls(len(index_N))
         if judgement is None:
             names = ("noise_probability", "suggested_label", "suggested_probability")
             return dict.fromkeys(names, nothing)
         return {
-            "noise_probability": judgement.probability_T[index_N].tolist(),
+            "noise_probability": numbers(judgement.probability_T[index_N]),
             "suggested_label": name_labels(judgement.suggested_T[index_N], self.labels),
-            "suggested_probability": judgement.suggested_probability_T[index_N].tolist()
+            "suggested_probability": numbers(judgement.suggested_probability_T[index_N])
             if self.labels
             else nothing,
         }
@@ -186,11 +184,6 @@ class RankedSet:
         for index_N in self.order_T.split(ROWS_PER_CHUNK):
             yield first, index_N
             first += len(index_N)
-
-
-def name_labels(class_N: Tensor, labels: Sequence[str]) -> list[str | None]:
-    """Return the labels of classes; None for NO_CLASS, of causal language models."""
-    return [None if index == NO_CLASS else labels[index] for index in class_N.tolist()]
 
 
 @contextmanager
@@ -231,7 +224,7 @@ def write_files(
             for name, path in paths.items()
         ]
         for first, index_N in ranked.chunks():
-            table = pa.table(ranked.file_rows(index_N, first), schema=FILE_SCHEMA)
+            table = pa.table(ranked.file_columns(index_N, first), schema=FILE_SCHEMA)
             for write in writers:
                 write(table)
     return {
@@ -293,11 +286,11 @@ def _driver(session: Session) -> psycopg.Connection[Any]:
 
 def _training_rows(audit_id: str, ranked: RankedSet, evidence: Evidence) -> Iterator[Columns]:
     for index_N in torch.arange(len(ranked.facts)).split(ROWS_PER_CHUNK):
-        rows = ranked.file_rows(index_N, 0)
+        columns = ranked.file_columns(index_N, 0)
         yield {
-            **rows,
-            "audit_id": [audit_id] * len(index_N),
-            "sample_index": rows["index"],
+            **columns,
+            "audit_id": pa.repeat(audit_id, len(index_N)),
+            "sample_index": columns["index"],
             **evidence.columns(index_N),
         }
 
@@ -306,49 +299,41 @@ def _validation_rows(
     audit_id: str, labels: Sequence[str], samples: SampleSet, facts: Mapping[str, Tensor]
 ) -> Iterator[Columns]:
     for index_N in torch.arange(len(samples)).split(ROWS_PER_CHUNK):
-        texts = samples.texts(index_N)
         yield {
-            "audit_id": [audit_id] * len(index_N),
-            "sample_index": index_N.tolist(),
-            "text": [text for text, _ in texts],
-            "text_pair": [pair for _, pair in texts],
+            "audit_id": pa.repeat(audit_id, len(index_N)),
+            "sample_index": numbers(index_N),
+            **samples.text_columns(index_N),
             "given_label": name_labels(samples.label_T[index_N], labels),
             "predicted_label": name_labels(facts["predicted"][index_N], labels),
-            "predicted_probability": facts["predicted_probability"][index_N].tolist(),
-            "loss": facts["loss"][index_N].tolist(),
+            "predicted_probability": numbers(facts["predicted_probability"][index_N]),
+            "loss": numbers(facts["loss"][index_N]),
         }
 
 
 def _ranked_rows(ranking_id: str, ranked: RankedSet) -> Iterator[Columns]:
     scores = list(ranked.group_scores.values())
-    rank_GT = torch.stack([order_by_score(score_T).argsort().int() for score_T in scores])
+    ranks = [order_by_score(score_T).argsort().int() for score_T in scores]
     related = ranked.related
     for first, index_N in ranked.chunks():
-        nothing: list[list[Any]] = [[]] * len(index_N)
-        ranks = range(first, first + len(index_N))
+        rank_N = torch.arange(first, first + len(index_N))
+        nothing = lists(torch.empty(len(index_N), 0))
         yield {
-            "ranking_id": [ranking_id] * len(index_N),
-            "rank": list(ranks),
-            "sample_index": index_N.tolist(),
+            "ranking_id": pa.repeat(ranking_id, len(index_N)),
+            "rank": numbers(rank_N),
+            "sample_index": numbers(index_N),
             "given_label": name_labels(ranked.samples.label_T[index_N], ranked.labels),
-            "score": ranked.group_scores[ranked.layers][index_N].tolist(),
-            "flagged": [rank < ranked.num_flagged for rank in ranks],
+            "score": numbers(ranked.group_scores[ranked.layers][index_N]),
+            "flagged": numbers(rank_N < ranked.num_flagged),
             **ranked.judged(index_N),
-            "group_scores": _lists(torch.stack([score_T[index_N] for score_T in scores])),
-            "group_ranks": _lists(rank_GT[:, index_N]),
-            "harmed_validation": _lists(related.harmed_KT[:, index_N]) if related else nothing,
-            "harmed_influence": _lists(related.harm_KT[:, index_N]) if related else nothing,
-            "helped_validation": _lists(related.helped_KT[:, index_N]) if related else nothing,
-            "helped_influence": _lists(related.help_KT[:, index_N]) if related else nothing,
+            "group_scores": _by_sample(scores, index_N),
+            "group_ranks": _by_sample(ranks, index_N),
+            "harmed_validation": _by_sample(related.harmed_KT, index_N) if related else nothing,
+            "harmed_influence": _by_sample(related.harm_KT, index_N) if related else nothing,
+            "helped_validation": _by_sample(related.helped_KT, index_N) if related else nothing,
+            "helped_influence": _by_sample(related.help_KT, index_N) if related else nothing,
         }
 
 
-def _lists(value_KN: Tensor) -> pa.Array:
-    """Return K numbers for each of N samples."""
-    numbers, of_each = value_KN.T.flatten(), len(value_KN)
-    offsets = torch.arange(value_KN.shape[1] + 1, dtype=torch.int32) * of_each
-    if numbers.is_floating_point():
-        values = pa.array(numbers.float().numpy())
-    else:
-        values = pa.array(numbers.int().numpy())
-    return pa.ListArray.from_arrays(pa.array(offsets.numpy()), values)
+def _by_sample(value_KT: Iterable[Tensor], index_N: Tensor) -> pa.Array:
+    """Return K numbers of each of some samples."""
+    return lists(torch.stack([value_T[index_N] for value_T in value_KT], dim=1))

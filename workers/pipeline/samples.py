@@ -7,6 +7,7 @@ Shapes: T samples of the set, B batch, S sequence.
 
 import copy
 import hashlib
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,11 +37,17 @@ _DIGEST_ROWS = 10_000
 
 
 class MappedRows:
-    """The rows of an Arrow file, in reach but not in memory."""
+    """The rows of an Arrow file, in reach but not in memory.
+
+    Pages that were read count as the process's own until they are let go of; the system keeps them
+    for the next time, if it has room.
+    """
 
     def __init__(self, path: Path) -> None:
         fetch(path)
-        self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.table = pa.ipc.open_file(pa.py_buffer(self._map)).read_all()
         self._batches = self.table.to_batches()
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
 
@@ -58,7 +65,13 @@ class MappedRows:
             self._batches[number].select(names).take(pa.array(rows - self._starts[number]))
             for number, rows in zip(numbers, np.split(row_B[order_B], firsts[1:]), strict=True)
         ]
-        return pa.Table.from_batches(parts).take(pa.array(order_B.argsort()))
+        taken = pa.Table.from_batches(parts).take(pa.array(order_B.argsort()))
+        self.let_go()
+        return taken
+
+    def let_go(self) -> None:
+        """Give back the pages that were read; the rows stay in reach."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class SampleSet:
@@ -87,6 +100,7 @@ class SampleSet:
         self.has_completions = table["completion_start"].null_count < len(table)
         starts = pc.fill_null(table["completion_start"], 0)
         self.completion_start_T = torch.from_numpy(np.array(starts, dtype=np.int64))
+        self._rows.let_go()
 
     def __len__(self) -> int:
         return len(self.label_T)
@@ -99,8 +113,14 @@ class SampleSet:
 
     def texts(self, indices: Tensor) -> list[tuple[str, str | None]]:
         """Return text and second text, or prompt and completion, of the samples at `indices`."""
-        rows = self._rows.take(["text", "text_pair"], indices)
-        return list(zip(rows["text"].to_pylist(), rows["text_pair"].to_pylist(), strict=True))
+        texts, others = self.text_columns(indices).values()
+        return list(zip(texts.to_pylist(), others.to_pylist(), strict=True))
+
+    def text_columns(self, indices: Tensor) -> dict[str, pa.ChunkedArray]:
+        """Return the same as columns `text` and `text_pair`."""
+        names = ["text", "text_pair"]
+        rows = self._rows.take(names, indices)
+        return {name: rows[name] for name in names}
 
     def tokens(self, indices: Tensor) -> list[tuple[list[int], int]]:
         """Return the tokens of the samples at `indices`, and where their completions start."""
