@@ -40,6 +40,7 @@ from app.settings import get_settings
 from app.work.models import Stage
 from benchmarks.local_worker import LocalWorker, package_folder
 from benchmarks.resident import StagePeaks
+from workers.celery_app import LIBRARIES
 
 SIZES = {"minilm": [2_000, 20_000], "tiny": [2_000, 200_000]}
 NUM_VALIDATION = 100
@@ -111,7 +112,7 @@ def measure(folder: Path, request: dict[str, Any], size: int, database_url: str)
         "WINNOW_DATABASE_URL": database_url,
         "WINNOW_DATA_DIR": str(home / "data"),
         "WINNOW_FILE_ROOTS": f"{folder}:{MINILM}",
-        "OMP_WAIT_POLICY": "passive",
+        **LIBRARIES,
     }
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", "--run", str(home)],

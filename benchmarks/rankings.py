@@ -31,6 +31,7 @@ import torch
 
 from app.audits.schemas import Configuration
 from app.catalogue import AggregationName
+from workers.celery_app import LIBRARIES
 from workers.influence.estimators import ESTIMATORS
 from workers.pipeline.artifacts import Artifacts, write_tensors
 from workers.pipeline.layout import ModelLayout
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--constants", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # as in a worker; the children inherit it
+    os.environ.update(LIBRARIES)  # as in a worker; the children inherit it
     if options.constants:
         print_constants(options.aggregations)
         return

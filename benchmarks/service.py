@@ -34,6 +34,7 @@ from app.work.states import enter_state
 from benchmarks.http_load import Connection, closed_loop, get
 from benchmarks.pages import REQUEST
 from benchmarks.service_rows import downloads, ranked_set, rows_in, rows_out
+from workers.celery_app import LIBRARIES
 
 CONNECTIONS = 16
 PARTS = ("poll", "rows")
@@ -160,6 +161,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if not os.environ.items() >= LIBRARIES.items():  # as in a worker, read before main begins
+        os.environ.update(LIBRARIES)
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.service", *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as name, service(Path(name)) as running:
         if "poll" in options.parts:
             polls(running, seconds=options.seconds, rounds=options.rounds)

@@ -27,6 +27,19 @@ from workers.tasks import DRAIN_SIGNAL
 
 log = structlog.get_logger()
 
+LIBRARIES = {
+    # OpenMP threads that spin while they wait starve whatever shares the machine, and then
+    # themselves: with one busy neighbour, training took 3.5 times as long.
+    "OMP_WAIT_POLICY": "passive",
+    # What Arrow gives back torch can use, and the other way round.
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    # Compiled products for each shape of a batch, that is for each length, 1,024 of them by
+    # default, took 250 MB; a batch needs a few, and hardly any comes again later.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
+}
+"""What libraries read when they are loaded; a worker's children inherit it."""
+
 
 def make_worker_celery(settings: Settings) -> Celery:
     """Return the Celery application with the tasks; spawned children build the same one."""
@@ -41,9 +54,8 @@ def run_worker(queues: Sequence[str] = QUEUES) -> int:
     SIGTERM drains: the unit at hand is left at its next batch and given back without counting an
     attempt, so another worker goes on where it was.
     """
-    # OpenMP threads that spin while they wait starve whatever shares the machine, and then
-    # themselves: with one busy neighbour, training took 3.5 times as long. Children inherit this.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for name, value in LIBRARIES.items():
+        os.environ.setdefault(name, value)
     settings = get_settings()
     configure_logging(settings.log_format)
     share_files(settings)
