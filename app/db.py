@@ -1,8 +1,7 @@
 """The database: engine, sessions, base class of the tables, ids."""
 
-import secrets
+import os
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -105,7 +104,7 @@ def transaction(engine: Engine) -> Iterator[Session]:
 def new_id(prefix: str) -> str:
     """Return `<prefix>_` and a UUIDv7 (RFC 9562): ids sort by the time of their making."""
     milliseconds = time.time_ns() // 1_000_000
-    value = (milliseconds << 80) | secrets.randbits(80)
+    value = (milliseconds << 80) | int.from_bytes(os.urandom(10))
     value = (value & ~(0xF << 76)) | (0x7 << 76)
     value = (value & ~(0x3 << 62)) | (0x2 << 62)
-    return f"{prefix}_{uuid.UUID(int=value).hex}"
+    return f"{prefix}_{value:032x}"

@@ -79,9 +79,7 @@ class Polls:
             psycopg.Error: the database does not answer.
             TimeoutError: too many others ask.
         """
-        if self._places.locked():
-            await asyncio.wait_for(self._places.acquire(), PATIENCE_SECONDS)
-        else:
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await self._places.acquire()
         try:
             connection = self._idle.pop() if self._idle else await self._connect()
