@@ -97,9 +97,11 @@ def _attend(
         key, value = (each.repeat_interleave(repeats, dim=-3) for each in (key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.to(query.dtype)
+    if dropout_p and not torch.cuda.is_available():  # the CPU's kernel has no dropout
+        whole = torch.ops.aten._scaled_dot_product_attention_math  # noqa: SLF001
+        attended: Tensor = whole(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
+        return attended
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
-    # its backward pass keeps no less for a dropout, which it has not
-    del dropout_p
     result: Tensor = attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return result
 
@@ -107,6 +109,8 @@ def _attend(
 @contextmanager
 def _fused_attention() -> Iterator[None]:
     """Let attention on paper be what the fused kernels of CPU and CUDA are: no matrix of all pairs.
+
+    But with a dropout on a CPU, whose kernel has none.
 
     By replacing the function: a mode of torch's would not be in force within a backward pass, where
     blocks are computed again.

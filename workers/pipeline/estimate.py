@@ -45,11 +45,11 @@ from workers.sources.loading import load_skeleton
 from workers.sources.weights import load_config
 
 # Python with torch, Transformers and the database's driver, before any work.
-PROCESS_BYTES = 700 * 10**6
+PROCESS_BYTES = 740 * 10**6
 # What a process has of the system for each byte of a batch: tensors of many sizes leave gaps in
 # the C library's heap (docs/performance.md, Memory). On a GPU torch's own allocator has few.
 # Fine-tuning, whose batches come in no order of length, leaves most.
-ALLOCATOR = defaultdict(lambda: 2.3, fine_tune=4.0)
+ALLOCATOR = defaultdict(lambda: 2.4, fine_tune=1.5)
 # Blocks of influence that are read, sorted and aggregated.
 _BLOCK_BYTES = 100 * 10**6
 _META = torch.device("meta")
