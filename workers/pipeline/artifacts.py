@@ -239,7 +239,8 @@ class TensorFile:
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """Read the tensors of a file whose names begin with a prefix, by what follows it."""
     fetch(path)
-    with safe_open(path, framework="pt") as file:
+    # read, not mapped: what was freed before is used again
+    with safe_open(path, framework="pt", backend="pread") as file:
         return {
             name.removeprefix(prefix): file.get_tensor(name)
             for name in file.keys()  # noqa: SIM118  not a dict

@@ -48,7 +48,6 @@ from workers.sources.weights import load_config
 PROCESS_BYTES = 740 * 10**6
 # What a process has of the system for each byte of a batch: tensors of many sizes leave gaps in
 # the C library's heap (docs/performance.md, Memory). On a GPU torch's own allocator has few.
-# Fine-tuning, whose batches come in no order of length, leaves most.
 ALLOCATOR = defaultdict(lambda: 2.4, fine_tune=1.5)
 # Blocks of influence that are read, sorted and aggregated.
 _BLOCK_BYTES = 100 * 10**6
