@@ -6,6 +6,7 @@ beside them is counted from shapes.
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -34,7 +35,6 @@ from workers.pipeline.memory import (
     plan_batches,
     plan_memory,
 )
-from workers.pipeline.pace import most_samples
 from workers.pipeline.placing import BYTES_PER_WEIGHT, DTYPES, recomputes
 from workers.pipeline.planning import Audited, demand_of
 from workers.pipeline.prepared import Prepared
@@ -195,14 +195,12 @@ def _estimate(context: StageContext, prepared: Prepared, *, recompute: bool) -> 
         device["curvature"] = held + _curvature_bytes(load)
         device["influence"] = held + FLOAT32 * load.num_validation * load.largest_floats
         host["influence"] = part
-    num_train = len(paper.train)
-    num_shards = -(-num_train // most_samples(num_train, context.settings, is_measured=False))
     return Estimate(
         device_bytes=device,
         batch_bytes=batches,
         host_bytes=host,
         least_bytes=least,
-        disk_bytes=demand.disk_bytes + num_shards * demand.shard_disk_bytes + paper.file_bytes(),
+        disk_bytes=demand.disk_bytes + paper.file_bytes(),
         activation_bytes=audited.activation_bytes,
         recomputes=recompute,
     )
@@ -260,9 +258,15 @@ class Paper:
         return self.gradient_bytes(BatchLimits(1, 1)) // longest
 
     def gradient_bytes(self, limits: BatchLimits) -> int:
-        """Return what the gradients of the largest batch take, and all that lives meanwhile."""
-        inputs, targets = self._batch(self.train, self._largest(self.train, limits))
-        return peak_of(lambda: self.extractor.extract(inputs, targets))
+        """Return what the gradients of the largest batch take, and all that lives meanwhile.
+
+        Activations grow with its tokens, gradients that are written out with its samples.
+        """
+        batches = (self._largest(self.train, limits), self._fullest(self.train, limits))
+        return max(
+            peak_of(partial(self.extractor.extract, *self._batch(self.train, indices)))
+            for indices in batches
+        )
 
     def training_bytes(self, batch_size: int) -> tuple[int, int]:
         """Return what fine-tuning holds (weights, moments, the best state), and a batch of it."""
@@ -304,6 +308,14 @@ class Paper:
         """Return the first batch that `plan_batches` would cut, without cutting the others."""
         longest = samples.length_T.argsort(descending=True, stable=True)[: limits.samples]
         return longest[plan_batches(samples.length_T[longest], limits)[0]]
+
+    @staticmethod
+    def _fullest(samples: SampleSet, limits: BatchLimits) -> Tensor:
+        """Return as many of the shortest samples as make a batch, the longest of them first."""
+        shortest = samples.length_T.argsort(stable=True)[: limits.samples]
+        number_N = torch.arange(1, len(shortest) + 1)
+        fitting = int((number_N * samples.length_T[shortest] <= limits.tokens).sum())
+        return shortest[: max(1, fitting)].flip(0)
 
     def _batch(self, samples: SampleSet, indices: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return a batch without values, its targets as long as the longest completion."""

@@ -17,6 +17,7 @@ from workers.influence.sketch import sketch_floats
 from workers.pipeline.context import StageContext
 from workers.pipeline.estimating import estimators_of, wishes_of
 from workers.pipeline.memory import FLOAT32, Workload, row_floats
+from workers.pipeline.pace import most_samples
 from workers.pipeline.probe_samples import num_probes
 
 
@@ -54,13 +55,11 @@ class Demand:
 
     Attributes:
         workload: what is held in memory.
-        disk_bytes: files, without those of every shard.
-        shard_disk_bytes: files of every shard, however small it is.
+        disk_bytes: files, with as many shards as there are where no pace is known.
     """
 
     workload: Workload
     disk_bytes: int
-    shard_disk_bytes: int
 
 
 def demand_of(context: StageContext, audited: Audited) -> Demand:
@@ -96,11 +95,14 @@ def demand_of(context: StageContext, audited: Audited) -> Demand:
     held = workload.row_floats * (1 + num_checkpoints)
     held += dense_floats * len(curvature) * (1 + has_probes)
     kept_bytes = num_samples * dense_floats * FLOAT32
+    # sums over a shard are as large however small it is; the probes have shards of their own
+    largest = most_samples(num_train, context.settings, is_measured=False)
+    num_shards = -(-num_train // largest) + has_probes
     return Demand(
         workload=workload,
         disk_bytes=FLOAT32 * (num_samples * workload.influence_floats + num_validation * held)
+        + FLOAT32 * num_shards * sums
         + min(kept_bytes, context.settings.max_gradient_cache_bytes),
-        shard_disk_bytes=FLOAT32 * sums,
     )
 
 

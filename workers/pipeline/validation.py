@@ -176,9 +176,7 @@ def _plan(context: StageContext, runtime: Runtime) -> tuple[bool, MemoryPlan]:
         free_bytes=free_bytes(runtime.device),
         tokens_per_batch=most_tokens(context.settings),
     )
-    num_train = len(runtime.train)
-    num_shards = -(-num_train // most_samples(num_train, context.settings, is_measured=False))
-    _check_disk(context, demand.disk_bytes + num_shards * demand.shard_disk_bytes)
+    _check_disk(context, demand.disk_bytes)
     return demand.workload.keeps_gradients, plan
 
 
