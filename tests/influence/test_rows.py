@@ -15,75 +15,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.influence.row_forms import (
+    EVERY_FORM,
+    INPUTS,
+    OUTPUTS,
+    VOCABULARY,
+    WIDTH,
+    Build,
+    build_dense,
+    build_factored,
+    build_sparse,
+    build_tokens,
+    generator_of,
+    written_out,
+)
 from workers.influence.rows import (
     DenseRows,
     FactoredRows,
     GradientRows,
-    HeldRows,
     SparseRows,
     factored,
     join,
     rows_from_tensors,
     sparse_rows,
 )
-
-VOCABULARY, WIDTH = 11, 5
-INPUTS, OUTPUTS = 4, 3
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _dense(num_samples: int, *, seed: int = 0) -> DenseRows:
-    return DenseRows(torch.randn(num_samples, 12, generator=_generator(seed)))
-
-
-def _factored(num_samples: int, *, seed: int = 0, num_tokens: int = 7) -> FactoredRows:
-    generator = _generator(seed)
-    g_NSO = torch.randn(num_samples, num_tokens, OUTPUTS, generator=generator)
-    length_N = torch.randint(0, num_tokens + 1, (num_samples, 1), generator=generator)
-    g_NSO[torch.arange(num_tokens) >= length_N] = 0
-    # what stands at padding is anything
-    x_NSI = torch.randn(num_samples, num_tokens, INPUTS, generator=generator) + 1
-    return FactoredRows(x_NSI, g_NSO)
-
-
-def _tokens(num_samples: int, *, seed: int, vocabulary: int, length: int) -> tuple[Tensor, ...]:
-    generator = _generator(seed)
-    input_ids_BS = torch.randint(vocabulary, (num_samples, length), generator=generator)
-    length_B = torch.randint(0, length + 1, (num_samples, 1), generator=generator)
-    mask_BS = (torch.arange(length) < length_B).long()
-    if seed % 2:  # padding on the left
-        mask_BS = mask_BS.flip(1)
-    gradient_BSH = torch.randn(num_samples, length, WIDTH, generator=generator)
-    return input_ids_BS, gradient_BSH, mask_BS
-
-
-def _sparse(
-    num_samples: int, *, seed: int = 0, vocabulary: int = VOCABULARY, length: int = 8
-) -> SparseRows:
-    input_ids_BS, gradient_BSH, mask_BS = _tokens(
-        num_samples, seed=seed, vocabulary=vocabulary, length=length
-    )
-    return sparse_rows(input_ids_BS, gradient_BSH, mask_BS, vocabulary=VOCABULARY)
-
-
-def _written_out(rows: GradientRows) -> Tensor:
-    """The rows as float64 [N, d], also those that `dense` refuses."""
-    if not isinstance(rows, SparseRows):
-        return rows.dense().double()
-    width = rows.value_PH.shape[1]
-    dense_NUH = torch.zeros(len(rows), rows.num_parameters // width, width, dtype=torch.float64)
-    for sample, token, value_H in zip(
-        rows.sample_P.tolist(), rows.token_P.tolist(), rows.value_PH, strict=True
-    ):
-        dense_NUH[sample, token] = value_H.double()
-    return dense_NUH.flatten(1)
-
-
-Build = Callable[..., GradientRows]
-EVERY_FORM = pytest.mark.parametrize("build", [_dense, _factored, _sparse])
 
 
 @EVERY_FORM
@@ -94,14 +49,14 @@ def test_dot_is_the_product_of_the_rows(build: Build, num_left: int, num_right: 
     assert dot.dtype is torch.float32
     assert dot.shape == (num_left, num_right)
     torch.testing.assert_close(
-        dot.double(), _written_out(left) @ _written_out(right).T, rtol=1e-5, atol=1e-4
+        dot.double(), written_out(left) @ written_out(right).T, rtol=1e-5, atol=1e-4
     )
 
 
 @EVERY_FORM
 def test_sums_are_those_of_the_rows(build: Build) -> None:
     rows = build(9)
-    dense_Nd = _written_out(rows)
+    dense_Nd = written_out(rows)
     for result_N, expected_N in (
         (rows.squared_norm(), dense_Nd.square().sum(dim=1)),
         (rows.absolute_sum(), dense_Nd.abs().sum(dim=1)),
@@ -137,7 +92,7 @@ def test_select_takes_and_orders_samples(build: Build, index: list[int]) -> None
     selected = rows.select(torch.tensor(index, dtype=torch.int64))
     assert len(selected) == selected.num_samples == len(index)
     assert selected.num_parameters == rows.num_parameters
-    torch.testing.assert_close(_written_out(selected), _written_out(rows)[index])
+    torch.testing.assert_close(written_out(selected), written_out(rows)[index])
 
 
 @EVERY_FORM
@@ -147,33 +102,9 @@ def test_concatenate_puts_samples_behind_one_another(build: Build) -> None:
     assert type(joined) is type(parts[0])
     assert len(joined) == 7
     torch.testing.assert_close(
-        _written_out(joined), torch.cat([_written_out(part) for part in parts])
+        written_out(joined), torch.cat([written_out(part) for part in parts])
     )
     torch.testing.assert_close(joined.dot(joined), joined.dot(joined).T)
-
-
-@EVERY_FORM
-def test_rows_that_come_batch_by_batch_are_held_in_the_order_of_the_samples(build: Build) -> None:
-    held = HeldRows(7)
-    batches = {(6, 2, 4): build(3, seed=1), (1,): build(1, seed=2), (0, 5, 3): build(3, seed=3)}
-    for indices, part in batches.items():
-        held.put(torch.tensor(indices), part)
-    rows = held.rows()
-    assert type(rows) is type(build(1))
-    assert (len(rows), rows.num_parameters) == (7, build(1).num_parameters)
-    for indices, part in batches.items():
-        torch.testing.assert_close(_written_out(rows)[[*indices]], _written_out(part))
-
-
-@pytest.mark.parametrize("lengths", [(5, 3), (3, 5)])
-def test_batches_of_other_lengths_are_held_with_room_for_the_longest(
-    lengths: tuple[int, int],
-) -> None:
-    held, parts = HeldRows(6), [_factored(3, seed=n, num_tokens=n) for n in lengths]
-    for start, part in zip((0, 3), parts, strict=True):
-        held.put(torch.arange(start, start + 3), part)
-    expected = GradientRows.concatenate(parts)
-    assert all(map(torch.equal, held.rows().tensors().values(), expected.tensors().values()))
 
 
 @EVERY_FORM
@@ -184,7 +115,7 @@ def test_tensors_survive_a_file(build: Build, tmp_path: Path) -> None:
     assert type(loaded) is type(rows)
     assert (len(loaded), loaded.num_parameters) == (3, rows.num_parameters)
     assert not any("/" in name for name in rows.tensors())
-    assert torch.equal(_written_out(loaded), _written_out(rows))
+    assert torch.equal(written_out(loaded), written_out(rows))
 
 
 @EVERY_FORM
@@ -195,25 +126,25 @@ def test_rows_move_to_a_device(build: Build, device: torch.device) -> None:
 
 def test_rows_of_different_forms_or_modules_do_not_mix() -> None:
     with pytest.raises(TypeError, match="DenseRows has no dot product with FactoredRows"):
-        _dense(2).dot(_factored(2))
+        build_dense(2).dot(build_factored(2))
     with pytest.raises(ValueError, match="12 entries against 13"):
-        _dense(2).dot(DenseRows(torch.zeros(2, 13)))
-    mixed: list[GradientRows] = [_dense(2), _factored(2)]
+        build_dense(2).dot(DenseRows(torch.zeros(2, 13)))
+    mixed: list[GradientRows] = [build_dense(2), build_factored(2)]
     with pytest.raises(TypeError, match="cannot be joined with FactoredRows"):
         GradientRows.concatenate(mixed)
     with pytest.raises(ValueError, match="not of one module"):
-        GradientRows.concatenate([_dense(2), DenseRows(torch.zeros(2, 13))])
+        GradientRows.concatenate([build_dense(2), DenseRows(torch.zeros(2, 13))])
     with pytest.raises(ValueError, match="nothing to concatenate"):
         GradientRows.concatenate([])
     with pytest.raises(ValueError, match="named a, b are no gradient rows"):
         rows_from_tensors({"b": torch.zeros(1), "a": torch.zeros(1)})
     with pytest.raises(TypeError, match="never written out"):
-        _sparse(2).dense()
+        build_sparse(2).dense()
 
 
 def test_factored_rows_are_flattened_like_the_weight() -> None:
     layer = torch.nn.Linear(INPUTS, OUTPUTS, bias=False)
-    rows = _factored(1)
+    rows = build_factored(1)
     (layer(rows.x_NSI) * rows.g_NSO).sum().backward()
     assert layer.weight.grad is not None
     torch.testing.assert_close(rows.dense()[0], layer.weight.grad.flatten())
@@ -221,7 +152,7 @@ def test_factored_rows_are_flattened_like_the_weight() -> None:
 
 def test_padding_of_factored_rows_changes_nothing() -> None:
     """More zero tokens, whatever the inputs there, leave every result as it is."""
-    rows, other = _factored(5), _factored(4, seed=1, num_tokens=3)
+    rows, other = build_factored(5), build_factored(4, seed=1, num_tokens=3)
     padded = FactoredRows(
         torch.cat([rows.x_NSI, torch.full((5, 6, INPUTS), 1e6)], dim=1),
         torch.cat([rows.g_NSO, torch.zeros(5, 6, OUTPUTS)], dim=1),
@@ -237,7 +168,7 @@ def test_padding_of_factored_rows_changes_nothing() -> None:
 def test_chunks_of_factored_rows_do_not_show(
     chunk: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, other = _factored(9, num_tokens=num_tokens), _factored(8, seed=1)
+    rows, other = build_factored(9, num_tokens=num_tokens), build_factored(8, seed=1)
     names = ("squared_norm", "absolute_sum", "entry_sum", "total")
     expected = [rows.dot(other), *(getattr(rows, name)() for name in names)]
     monkeypatch.setattr(factored, "_CHUNK_ENTRIES", chunk)
@@ -268,7 +199,7 @@ class _LargestTensor(TorchDispatchMode):
 def test_factored_rows_never_build_the_gradients() -> None:
     """Neither the dot product nor the length makes N × O × I entries, or all pairs of tokens."""
     num_samples, num_tokens, size = 64, 48, 512
-    generator = _generator(0)
+    generator = generator_of(0)
     rows = FactoredRows(
         torch.randn(num_samples, num_tokens, size, generator=generator),
         torch.randn(num_samples, num_tokens, size, generator=generator),
@@ -288,7 +219,7 @@ def test_squared_length_of_factored_rows_is_never_negative() -> None:
 
 
 _SPARSE = st.builds(
-    _sparse,
+    build_sparse,
     st.integers(0, 7),
     seed=st.integers(0, 1000),
     vocabulary=st.integers(1, VOCABULARY),
@@ -311,12 +242,12 @@ def test_sparse_dot_pairs_the_same_tokens(
         patch.setattr(join, "_CHUNK_PRODUCTS", chunk)
         dot_NN = left.dot(right)
     torch.testing.assert_close(
-        dot_NN.double(), _written_out(left) @ _written_out(right).T, rtol=1e-5, atol=1e-4
+        dot_NN.double(), written_out(left) @ written_out(right).T, rtol=1e-5, atol=1e-4
     )
 
 
 def test_sparse_dot_without_a_common_token_is_zero() -> None:
-    left = _sparse(4)
+    left = build_sparse(4)
     right = SparseRows(
         3,
         left.num_parameters,
@@ -334,7 +265,7 @@ def test_sparse_rows_are_the_gradient_of_the_embedding(
     seed: int, num_samples: int, length: int
 ) -> None:
     """Summed over the occurrences of a token; padding, on either side, gives nothing."""
-    input_ids_BS, gradient_BSH, mask_BS = _tokens(
+    input_ids_BS, gradient_BSH, mask_BS = build_tokens(
         num_samples, seed=seed, vocabulary=VOCABULARY, length=length
     )
     rows = sparse_rows(input_ids_BS, gradient_BSH, mask_BS, vocabulary=VOCABULARY)
@@ -345,7 +276,7 @@ def test_sparse_rows_are_the_gradient_of_the_embedding(
         (embedding(input_ids_BS[sample]) * weight_SH).sum().backward()
         assert embedding.weight.grad is not None
         torch.testing.assert_close(
-            _written_out(rows)[sample].float(), embedding.weight.grad.flatten()
+            written_out(rows)[sample].float(), embedding.weight.grad.flatten()
         )
         real = input_ids_BS[sample][mask_BS[sample] == 1].tolist()
         of_sample = rows.sample_P == sample
@@ -356,7 +287,7 @@ def test_sparse_rows_are_the_gradient_of_the_embedding(
 
 
 def test_sparse_rows_of_a_low_precision_model_are_float32() -> None:
-    input_ids_BS, gradient_BSH, mask_BS = _tokens(3, seed=0, vocabulary=4, length=6)
+    input_ids_BS, gradient_BSH, mask_BS = build_tokens(3, seed=0, vocabulary=4, length=6)
     rows = sparse_rows(input_ids_BS, gradient_BSH.bfloat16(), mask_BS, vocabulary=4)
     assert rows.value_PH.dtype is torch.float32
     expected = sparse_rows(input_ids_BS, gradient_BSH.bfloat16().float(), mask_BS, vocabulary=4)
@@ -365,7 +296,7 @@ def test_sparse_rows_of_a_low_precision_model_are_float32() -> None:
 
 @given(seed=st.integers(0, 1000), k=st.integers(1, 9))
 def test_strongest_tokens_are_those_of_a_sorted_list(seed: int, k: int) -> None:
-    rows = _sparse(5, seed=seed, vocabulary=9, length=12)
+    rows = build_sparse(5, seed=seed, vocabulary=9, length=12)
     # values of few different lengths, so that ties happen
     rows.value_PH.copy_(rows.value_PH.sign() * rows.token_P[:, None].remainder(3))
     kept = rows.strongest(k)
@@ -376,7 +307,7 @@ def test_strongest_tokens_are_those_of_a_sorted_list(seed: int, k: int) -> None:
         tokens = rows.token_P[of_sample].tolist()
         best = sorted(zip(strength, tokens, strict=True), key=lambda pair: (-pair[0], pair[1]))[:k]
         assert kept.token_P[kept.sample_P == sample].tolist() == sorted(t for _, t in best)
-    dense_Nd, kept_Nd = _written_out(rows), _written_out(kept)
+    dense_Nd, kept_Nd = written_out(rows), written_out(kept)
     torch.testing.assert_close(kept_Nd[kept_Nd != 0], dense_Nd[kept_Nd != 0])
 
 

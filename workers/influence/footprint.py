@@ -98,7 +98,7 @@ def _attend(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.to(query.dtype)
     if dropout_p and not torch.cuda.is_available():  # the CPU's kernel has no dropout
-        whole = torch.ops.aten._scaled_dot_product_attention_math  # noqa: SLF001
+        whole = torch.ops.aten._scaled_dot_product_attention_math  # noqa: SLF001 - no other name
         attended: Tensor = whole(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
         return attended
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001

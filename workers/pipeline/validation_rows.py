@@ -49,10 +49,10 @@ def collect_validation(context: StageContext, runtime: Runtime) -> ValidationRow
             rows = [part.to(torch.device("cpu")) for part in sample.gradients]
         facts.put(indices, sample)
         # what is kept comes last: a batch that runs out of memory is done again in halves
-        if not held:
-            held.extend(HeldRows(len(samples)) for _ in rows)
-        for holder, part in zip(held, rows, strict=True):
+        holders = held or [HeldRows(len(samples)) for _ in rows]
+        for holder, part in zip(holders, rows, strict=True):
             holder.put(indices, part)
+        held[:] = holders
         if sample.hidden_LBH is not None:
             hidden.append(sample.hidden_LBH.cpu())
 
