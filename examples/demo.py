@@ -271,16 +271,21 @@ def name_of(row: LayerResult) -> str:
     """Return a configuration in words."""
     if row.aggregation is None:
         return row.estimator
-    suffix = " -c" if row.correct_only else ""
-    return f"{row.estimator}, {row.layer_group}, {row.aggregation}{suffix}"
+    return in_words(row.estimator, row.layer_group, row.aggregation, correct_only=row.correct_only)
 
 
 def chosen_name(results: AuditResults) -> str:
     """Return what ranks in words."""
     assert results.choice is not None
     chosen = results.choice.members[0]
-    suffix = " -c" if chosen.correct_only else ""
-    return f"{chosen.estimator}, {chosen.layers}, {chosen.aggregation}{suffix}"
+    return in_words(
+        chosen.estimator, chosen.layers, chosen.aggregation, correct_only=chosen.correct_only
+    )
+
+
+def in_words(*parts: object, correct_only: bool | None) -> str:
+    """Join the parts of a configuration; `correct_only` is of the validation samples."""
+    return ", ".join(map(str, [*parts, *(["correct only"] if correct_only else [])]))
 
 
 def choice_text(results: AuditResults) -> str:
