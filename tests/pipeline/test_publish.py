@@ -16,6 +16,7 @@ from app.audits.models import Ranking
 from app.db import new_id, transaction
 from tests.factories import CAUSAL_LM_REQUEST, TENANT, make_audit
 from tests.pipeline.workplace import Workplace
+from workers.pipeline import publish
 from workers.pipeline.arrow_columns import name_labels
 from workers.pipeline.evidence import Evidence
 from workers.pipeline.publish import FILE_SCHEMA, RankedSet, copy_rows, write_files
@@ -103,6 +104,19 @@ def test_every_file_says_the_same(tmp_path: Path, has_labels: bool) -> None:
         assert labels == [("pos", "neg"), ("neg", "pos"), ("pos", "pos"), ("neg", "neg")]
     else:
         assert labels == [(None, None)] * NUM
+
+
+def test_long_texts_make_small_chunks_and_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked = ranked_set(tmp_path / "train.arrow", has_labels=True)
+    write_files(ranked, tmp_path / "whole")
+    monkeypatch.setattr(publish, "_TEXT_BYTES_PER_CHUNK", 3 * ranked.samples.text_bytes // NUM)
+    monkeypatch.setattr(publish, "ROWS_PER_CHUNK", 2)
+    write_files(ranked, tmp_path / "chunks")
+    row_groups = pq.ParquetFile(tmp_path / "chunks" / "suspects.parquet").metadata.num_row_groups
+    assert row_groups == 2
+    assert read_files(tmp_path / "chunks") == read_files(tmp_path / "whole")
 
 
 def test_rows_of_a_causal_language_model(workplace: Workplace, tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ from workers.pipeline.samples import SampleSet
 from workers.pipeline.training_facts import TrainingFacts
 
 ROWS_PER_CHUNK = 5_000
+# of a file: every chunk walks through the whole prepared file once
+_MOST_ROWS_PER_CHUNK = 50_000
+_TEXT_BYTES_PER_CHUNK = 8 << 20
 FILE_SCHEMA = pa.schema(
     {
         "rank": pa.int32(),
@@ -178,10 +181,10 @@ class RankedSet:
             else nothing,
         }
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+    def chunks(self, rows: int = ROWS_PER_CHUNK) -> Iterator[tuple[int, Tensor]]:
         """Yield first rank and training indices of chunks, in the order of the ranking."""
         first = 0
-        for index_N in self.order_T.split(ROWS_PER_CHUNK):
+        for index_N in self.order_T.split(rows):
             yield first, index_N
             first += len(index_N)
 
@@ -202,7 +205,9 @@ def _csv(path: Path) -> Iterator[WriteTable]:
 def _jsonl(path: Path) -> Iterator[WriteTable]:
     with path.open("wb") as file:
         yield lambda table: file.writelines(
-            orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in table.to_pylist()
+            orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+            for batch in table.to_batches(ROWS_PER_CHUNK)
+            for row in batch.to_pylist()
         )
 
 
@@ -223,7 +228,7 @@ def write_files(
             stack.enter_context(FORMATS[name](stack.enter_context(atomically(path))))
             for name, path in paths.items()
         ]
-        for first, index_N in ranked.chunks():
+        for first, index_N in ranked.chunks(_rows_per_chunk(ranked.samples)):
             table = pa.table(ranked.file_columns(index_N, first), schema=FILE_SCHEMA)
             for write in writers:
                 write(table)
@@ -231,6 +236,11 @@ def write_files(
         name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for name, path in paths.items()
     }
+
+
+def _rows_per_chunk(samples: SampleSet) -> int:
+    rows = _TEXT_BYTES_PER_CHUNK * len(samples) // max(1, samples.text_bytes)
+    return max(1, min(rows, _MOST_ROWS_PER_CHUNK))
 
 
 def _as_csv(table: pa.Table) -> pa.Table:

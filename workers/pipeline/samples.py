@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
     }
 )
 NO_CLASS = -1
+_TEXTS = ["text", "text_pair"]
 _DIGEST_ROWS = 10_000
 
 
@@ -116,11 +117,16 @@ class SampleSet:
         texts, others = self.text_columns(indices).values()
         return list(zip(texts.to_pylist(), others.to_pylist(), strict=True))
 
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of all texts."""
+        columns = (self._rows.table[name] for name in _TEXTS)
+        return sum(pc.sum(pc.binary_length(column)).as_py() or 0 for column in columns)
+
     def text_columns(self, indices: Tensor) -> dict[str, pa.ChunkedArray]:
         """Return the same as columns `text` and `text_pair`."""
-        names = ["text", "text_pair"]
-        rows = self._rows.take(names, indices)
-        return {name: rows[name] for name in names}
+        rows = self._rows.take(_TEXTS, indices)
+        return {name: rows[name] for name in _TEXTS}
 
     def tokens(self, indices: Tensor) -> list[tuple[list[int], int]]:
         """Return the tokens of the samples at `indices`, and where their completions start."""
