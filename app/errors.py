@@ -205,6 +205,12 @@ def _pointer(error: Mapping[str, Any], body: object) -> str:
     return "#" + "".join(f"/{_escaped(part)}" for part in path)
 
 
+def _detail(error: Mapping[str, Any]) -> str:
+    if error["type"] == "json_invalid":
+        return f"not JSON at character {error['loc'][-1]}: {error['ctx']['error']}"
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
 def _in_body(path: Sequence[str | int], body: object, *, is_absent: bool) -> Iterator[str | int]:
     """Yield the parts of a place that the body has, without those that name a kind of a union."""
     for number, part in enumerate(path, start=1):
@@ -228,7 +234,7 @@ def _validation_problem(
     details: dict[str, list[str]] = {}
     for item in error.errors():
         found = details.setdefault(_pointer(item, error.body), [])
-        found.append(item["msg"].removeprefix("Value error, "))
+        found.append(_detail(item))
     errors = [
         {"pointer": pointer, "detail": "; or: ".join(dict.fromkeys(found))}
         for pointer, found in details.items()

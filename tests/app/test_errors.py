@@ -55,6 +55,12 @@ def test_bodies_that_are_no_request(client: TestClient, body: bytes) -> None:
         assert problem["errors"][0]["pointer"] == "#"
 
 
+def test_broken_json_is_told_with_the_place_where_it_breaks(client: TestClient) -> None:
+    response = client.post("/v1/audits", content=b'{"model": }', headers=JSON)
+    (error,) = problem_of(response, 422)["errors"]
+    assert error["detail"] == "not JSON at character 10: Expecting value"
+
+
 def test_a_body_of_another_type(client: TestClient) -> None:
     headers = {"content-type": "text/plain"}
     problem_of(client.post("/v1/audits", content=b"{}", headers=headers), 422)
