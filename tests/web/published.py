@@ -126,6 +126,7 @@ def publish_audit(
     summary = _summary(ranked, train.is_noisy_T, scores)
     summary["files"] = write_files(ranked, folder / ranking.folder)
     summary["ranking_id"] = ranking_id
+    summary["num_compared"] = number * 3 // 10 if audit.request["effort"] == "fast" else number
     ranking.summary = {name: summary[name] for name in RANKING_SUMMARY if name in summary}
     with transaction(engine) as session:
         audit = session.merge(audit)

@@ -36,6 +36,15 @@ def test_a_report_tells_the_whole_audit(report: str) -> None:
     assert len(report.encode()) < 2_000_000
 
 
+def test_effort_fast_says_how_many_are_compared(
+    client: TestClient, engine: Engine, settings: Settings
+) -> None:
+    for effort, is_said in (("fast", True), ("exact", False)):
+        audit = publish_audit(engine, settings, texts=review_texts(200), effort=effort)
+        report = client.get(f"/v1/audits/{audit.id}/report.html").text
+        assert ("influence of the 60 samples with the highest losses" in report) == is_said
+
+
 def test_a_report_refers_to_nothing_outside(report: str) -> None:
     assert not re.search(r"<(script|link|img|iframe|object)\b", report)
     assert not re.search(r"\b(src|href|action)=", report)
