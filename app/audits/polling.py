@@ -34,6 +34,7 @@ from app.settings import Settings
 
 CONNECTIONS = 8
 PATIENCE_SECONDS = 5.0
+_MOST_BODIES = 64
 _BEARER = "Bearer "
 _POLLED = re.compile(audit_path("(?P<audit_id>aud_[0-9a-f]{32})"))
 
@@ -105,12 +106,16 @@ class Polls:
 
 
 class QuickPolls:
-    """Answers a poll with what `Polls` finds, and lets all else pass."""
+    """Answers a poll with what `Polls` finds, and lets all else pass.
+
+    An audit is polled more often than it changes: what was made of a version serves again.
+    """
 
     def __init__(self, app: ASGIApp, polls: Polls, settings: Settings) -> None:
         self._app = app
         self._polls = polls
         self._settings = settings
+        self._bodies: dict[tuple[str, int], bytes] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = await self._answer(scope)
@@ -149,8 +154,18 @@ class QuickPolls:
         headers = state_headers(audit)
         if is_unchanged(Headers(scope=scope).get("if-none-match"), headers["ETag"]):
             return Response(status_code=304, headers=headers)
-        answer = assemble_audit(audit, influence_days=self._settings.influence_days)
-        return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+        return Response(self._body(audit), media_type="application/json", headers=headers)
+
+    def _body(self, audit: Audit) -> bytes:
+        version = audit.id, audit.version
+        body = self._bodies.get(version)
+        if body is None:
+            answer = assemble_audit(audit, influence_days=self._settings.influence_days)
+            body = answer.model_dump_json().encode()
+            if len(self._bodies) >= _MOST_BODIES:
+                self._bodies.clear()
+            self._bodies[version] = body
+        return body
 
 
 class _Template:

@@ -11,6 +11,7 @@ from sqlalchemy import Engine, text, update
 from starlette.responses import Response
 from starlette.types import Scope
 
+from app.audits import polling
 from app.audits.models import Audit
 from app.audits.polling import QuickPolls
 from app.db import transaction
@@ -74,6 +75,21 @@ def test_who_has_the_version_is_told_so(engine: Engine, ask: Ask, finished: Audi
     unchanged, is_quick = ask(key, finished, **{"If-None-Match": etag})
     assert (unchanged.status_code, unchanged.content, is_quick) == (304, b"", True)
     assert ask(key, finished, **{"If-None-Match": '"0"'})[0].status_code == 200
+
+
+def test_every_version_is_told_as_it_is(
+    engine: Engine, ask: Ask, finished: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is kept of earlier answers, and however much of it."""
+    monkeypatch.setattr(polling, "_MOST_BODIES", 2)
+    key = used_key(engine)
+    for version in range(finished.version + 1, finished.version + 5):
+        changed = {"version": version, "num_decided": 10 * version}
+        with transaction(engine) as session:
+            session.execute(update(Audit).values(changed))
+        for _ in range(2):
+            answer, is_quick = ask(key, finished)
+            assert (answer.json()["num_decided"], is_quick) == (10 * version, True)
 
 
 def test_a_key_is_out_at_the_moment_it_is_revoked_or_over(
