@@ -25,23 +25,17 @@ from pathlib import Path
 import httpx2
 import pyarrow as pa
 import pyarrow.parquet as pq
+from demo_tables import choice_text, comparison_table, layer_table, suspect_table
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from winnow import (
     Audit,
     AuditRequest,
-    AuditResults,
     Client,
     DatasetSource,
-    Detection,
     FineTune,
-    LayerResult,
-    LayerTable,
     ModelSource,
     PlantNoise,
-    Suspect,
     WinnowError,
 )
 
@@ -53,7 +47,6 @@ OUTPUT_DIR = Path("winnow-demo")
 LOG_FILE = OUTPUT_DIR / "service.log"
 
 ESTIMATORS = ["grad_dot", "grad_cosine", "gauss_newton", "ekfac"]
-AGGREGATIONS = ["mean", "rank", "vote"]
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 
@@ -110,7 +103,8 @@ def run_audit(client: Client, started: float) -> None:
     console.print()
     console.print(choice_text(audit.results), soft_wrap=True, highlight=False)
     console.print()
-    console.print(suspect_table(islice(client.suspects(audit.id), NUM_SHOWN)))
+    suspects = list(islice(client.suspects(audit.id), NUM_SHOWN))
+    console.print(suspect_table(suspects, width=console.width))
     table = client.layers(audit.id)
     console.print()
     console.print(layer_table(table))
@@ -175,134 +169,6 @@ def wait_with_progress(client: Client, audit: Audit) -> Audit:
             )
 
         return client.wait(audit.id, progress=show, poll_seconds=0.5)
-
-
-def suspect_table(suspects: Iterator[Suspect]) -> Table:
-    """Return the most suspect samples."""
-    table = Table(title=f"The {NUM_SHOWN} most suspect training samples", title_justify="left")
-    for heading in ("#", "text", "given", "model says", "score", "planted"):
-        table.add_column(heading, justify="right" if heading in "# score" else "left", no_wrap=True)
-    text_width = max(20, console.width - 56)  # what the other columns and the frame leave
-    for suspect in suspects:
-        text = suspect.text
-        table.add_row(
-            str(suspect.rank + 1),
-            escape(text if len(text) <= text_width else text[: text_width - 1] + "…"),
-            suspect.given_label,
-            f"{suspect.predicted_label} {suspect.predicted_probability:.0%}",
-            f"{suspect.score:#,.4g}",
-            "yes" if suspect.is_noisy else "-",
-            style=None if suspect.is_noisy else "dim",
-        )
-    return table
-
-
-def layer_table(layers: LayerTable) -> Table:
-    """Return how well each estimator × layer group × aggregation found the planted noise."""
-    pairwise = {
-        (row.estimator, row.layer_group, row.aggregation): row.detection
-        for row in layers.data
-        if row.aggregation is not None and not row.correct_only and row.detection is not None
-    }
-    best = {
-        estimator: max(
-            detection.auc_ndr for (name, _, _), detection in pairwise.items() if name == estimator
-        )
-        for estimator, _, _ in pairwise
-    }
-    table = Table(
-        title="Planted labels found, in %: NDR@10 NDR@20 NDR@30 · AUC-NDR (best in green)",
-        title_justify="left",
-    )
-    table.add_column("estimator")
-    table.add_column("layers")
-    for aggregation in AGGREGATIONS:
-        table.add_column(aggregation, justify="right")
-    for estimator, best_auc in best.items():
-        for group in layers.layer_groups:
-            cells = []
-            for aggregation in AGGREGATIONS:
-                detection = pairwise.get((estimator, group, aggregation))
-                cell = detection_cell(detection)
-                is_best = detection is not None and detection.auc_ndr == best_auc
-                cells.append(f"[bold green]{cell}[/]" if is_best else cell)
-            table.add_row(estimator, group, *cells, end_section=group == [*layers.layer_groups][-1])
-    return table
-
-
-def comparison_table(layers: LayerTable, results: AuditResults) -> Table:
-    """Return the audit's ranking beside the best configuration, the baselines and chance."""
-    table = Table(title="Beside the baselines", title_justify="left")
-    for heading in ("ranking", "NDR@10", "NDR@20", "NDR@30", "AUC-NDR"):
-        table.add_column(heading, justify="left" if heading == "ranking" else "right")
-
-    def add(name: str, detection: Detection | None, *, style: str | None = None) -> None:
-        if detection is not None:
-            shares = (detection.ndr_10, detection.ndr_20, detection.ndr_30)
-            numbers = [*(f"{share:.1%}" for share in shares), f"{detection.auc_ndr:.3f}"]
-            table.add_row(name, *numbers, style=style)
-
-    add(f"chosen by the probes: {chosen_name(results)}", results.detection, style="bold")
-    measured = [row for row in layers.data if row.detection is not None]
-    influence = [row for row in measured if row.aggregation is not None]
-    if influence:
-        best = max(influence, key=auc_ndr)
-        add(f"best in hindsight: {name_of(best)}", best.detection)
-    for row in sorted((row for row in measured if row.aggregation is None), key=auc_ndr):
-        add(name_of(row), row.detection)
-    return table
-
-
-def detection_cell(detection: Detection | None) -> str:
-    """Return the four figures of one configuration as percentages."""
-    if detection is None:
-        return ""
-    shares = (detection.ndr_10, detection.ndr_20, detection.ndr_30)
-    return " ".join(f"{100 * share:3.0f}" for share in shares) + f" · {100 * detection.auc_ndr:.1f}"
-
-
-def auc_ndr(row: LayerResult) -> float:
-    """Return a configuration's AUC-NDR."""
-    assert row.detection is not None
-    return row.detection.auc_ndr
-
-
-def name_of(row: LayerResult) -> str:
-    """Return a configuration in words."""
-    if row.aggregation is None:
-        return row.estimator
-    return in_words(row.estimator, row.layer_group, row.aggregation, correct_only=row.correct_only)
-
-
-def chosen_name(results: AuditResults) -> str:
-    """Return what ranks in words."""
-    assert results.choice is not None
-    chosen = results.choice.members[0]
-    return in_words(
-        chosen.estimator, chosen.layers, chosen.aggregation, correct_only=chosen.correct_only
-    )
-
-
-def in_words(*parts: object, correct_only: bool | None) -> str:
-    """Join the parts of a configuration; `correct_only` is of the validation samples."""
-    return ", ".join(map(str, [*parts, *(["correct only"] if correct_only else [])]))
-
-
-def choice_text(results: AuditResults) -> str:
-    """Tell what was chosen and why, and how much seems to be wrong."""
-    choice, noise = results.choice, results.noise
-    assert choice is not None
-    told = (
-        f"{choice.num_probes} probes with wrong labels chose [bold]{chosen_name(results)}[/]: it "
-        f"finds them with AUC-NDR {choice.members[0].auc_ndr:.3f} (chance {choice.chance:.3f})."
-    )
-    if noise is not None:
-        told += (
-            f"\nAbout [bold]{noise.share:.0%}[/] of the labels seem to be wrong "
-            f"({noise.low:.0%} to {noise.high:.0%}); 20% are. "
-            f"{results.num_flagged} samples are flagged."
-        )
-    return told
 
 
 def package_folder(name: str) -> Path:

@@ -50,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
                 return True if arguments[0].dtype == torch.bool else 0
             if func is torch.ops.aten.equal.default:
                 return False
-            if func is torch.ops.aten._unique2.default:  # noqa: SLF001
+            if func is torch.ops.aten._unique2.default:  # noqa: SLF001 - no other name
                 return self._all_differ(arguments[0])
         options = dict(kwargs or {})
         if options.get("device") is not None and arguments and arguments[0].is_meta:
@@ -101,7 +101,7 @@ def _attend(
         whole = torch.ops.aten._scaled_dot_product_attention_math  # noqa: SLF001 - no other name
         attended: Tensor = whole(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
         return attended
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - no other name
     result: Tensor = attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return result
 
